@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hywu_export.deltas.modules import nearest, resolve
-from hywu_export.deltas.spec import DeltaSpec, DeltaTarget
+from hywu_export.deltas.modules import resolve
+from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, nearest
 from hywu_runtime.errors import DeltaError
 
 
