@@ -9,7 +9,9 @@ _HOMES = {
     "DeltaSpec": "spec",
     "DeltaTarget": "spec",
     "Injection": "inject",
+    "generator_paths": "spec",
     "inject": "inject",
+    "peft_to_deltas": "convert",
 }
 
 __all__ = list(_HOMES)
