@@ -8,9 +8,9 @@ from typing import Any
 _HOMES = {
     "DeltaSpec": "spec",
     "DeltaTarget": "spec",
-    "Injection": "inject",
+    "Injection": "injection",
     "generator_paths": "spec",
-    "inject": "inject",
+    "inject": "injection",
     "peft_to_deltas": "convert",
 }
 
