@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float32]
 
 _PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
 _DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
 _DENOISERS = ("unet", "transformer")
@@ -148,9 +149,15 @@ def read_adapter(path: str | Path) -> dict[str, LoraPair]:
     path = Path(path)
     weights, is_peft = _locate(path)
     index = SafetensorsIndex.from_file(weights)
+    config: Mapping[str, Any] | None
     if is_peft:
-        config: Mapping[str, Any] | None = read_json_object(weights.with_name(_PEFT_CONFIG))
-        prefix = "base_model.model."
+        config, prefix = read_json_object(weights.with_name(_PEFT_CONFIG)), _PEFT_PREFIX
+    elif any(key.startswith(_PEFT_PREFIX) for key in index):
+        raise CheckpointError(
+            f"{weights} was saved by PEFT, but its scale is unknown",
+            f"Expected {_PEFT_CONFIG} beside it",
+            "Fetch the whole folder of the adapter",
+        )
     else:
         prefix = next(
             (f"{name}." for name in _DENOISERS if any(key.startswith(f"{name}.") for key in index)), ""
