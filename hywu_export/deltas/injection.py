@@ -186,9 +186,9 @@ class _LinearBranch(_Branch):
 class _ConvBranch(_Branch):
     """``[rows, B, C, H, W]``, with A and B acting on the channels of ``[rows, B, C, H*W]``.
 
-    A 1x1 kernel needs no more than that. For a k x k kernel, A is applied tap by tap, giving r*k*k channels,
-    and a constant grouped convolution brings every tap to its place and sums them. Only that one's weights
-    are constant, so A may vary per sample, which it could not as the weight of a convolution.
+    A 1x1 kernel without stride needs no more than that. Otherwise A is applied tap by tap, giving r*k*k
+    channels, and a constant grouped convolution brings every tap to its place and sums them. Only that one's
+    weights are constant, so A may vary per sample, which it could not as the weight of a convolution.
     """
 
     def __init__(self, target: DeltaTarget, module: nn.Conv2d):
@@ -197,6 +197,11 @@ class _ConvBranch(_Branch):
         self._dilation = (module.dilation[0], module.dilation[1])
         self._pads = _pads(module)
         self._pad_mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        self._padding = (0, 0)
+        self._pointwise = target.kernel == self._stride == (1, 1) and not any(self._pads)
+        left, right, top, bottom = self._pads
+        if self._pad_mode == "constant" and (left, top) == (right, bottom):
+            self._pads, self._padding = [], (top, left)  # the grouped convolution can do it
         # taps[:, t, u, v] is 1 where tap t lies at (u, v). Made here, not while tracing, it is a constant of
         # the graph; a base without data lies on the meta device.
         device = module.weight.device if module.weight.device.type != "meta" else torch.device("cpu")
@@ -205,13 +210,14 @@ class _ConvBranch(_Branch):
         self._taps = taps.reshape(1, kh * kw, kh, kw).repeat(target.rank, 1, 1, 1)
 
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
-        if self.target.kernel == (1, 1):
-            sampled = self._pad(x.flatten(0, 1))[..., :: self._stride[0], :: self._stride[1]]
-            return a.flatten(2) @ sampled.reshape(*x.shape[:3], -1)
+        if self._pointwise:
+            return a.flatten(2) @ x.flatten(3)
         per_tap = a.flatten(3).transpose(2, 3).flatten(1, 2) @ x.flatten(3)  # [rows, B, r*kh*kw, H*W]
         per_tap = self._pad(per_tap.reshape(-1, per_tap.shape[2], *x.shape[3:]))
         taps = self._taps.to(device=x.device, dtype=x.dtype)
-        low = F.conv2d(per_tap, taps, stride=self._stride, dilation=self._dilation, groups=self.target.rank)
+        low = F.conv2d(
+            per_tap, taps, None, self._stride, self._padding, self._dilation, groups=self.target.rank
+        )
         return low.reshape(*x.shape[:2], self.target.rank, -1)
 
     def _up(self, low: Tensor, b: Tensor) -> Tensor:
