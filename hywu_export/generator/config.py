@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,18 @@ from typing import Any
 
 from hywu_runtime.errors import CheckpointError
 
+from hywu_export.bundle.sources import read_json_object
+
 MODEL_TYPE = "parameter_generator"
 
 # Written into config.json by the libraries that save checkpoints; they say nothing about the network.
-_IGNORED_KEYS = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path"})
+_IGNORED_KEYS = frozenset(
+    {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+)
+
+# Far above any real network, so that a hostile file is refused before it costs time or memory.
+_MAX_SIZE = 1 << 24
+_MAX_LAYERS = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,14 @@ class GeneratorConfig:
         """Read ``config.json``.
 
         Raises:
-            CheckpointError: the file is missing, is not JSON, has a key twice, or is not a valid configuration.
+            CheckpointError: the file is missing, not JSON, has a key twice, or is not a valid configuration.
         """
         return cls.from_dict(read_json_object(path), source=str(path))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], source: str = "the generator's configuration") -> GeneratorConfig:
+    def from_dict(
+        cls, data: Mapping[str, Any], source: str = "the generator's configuration"
+    ) -> GeneratorConfig:
         """Check ``data`` and make a configuration of it; ``source`` names it in messages.
 
         Raises:
@@ -88,41 +96,11 @@ class GeneratorConfig:
         return _Reader(source).config(data)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``config.json``, mapping order kept."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        fields["pg_mapping"] = {name: _target_to_dict(target) for name, target in self.pg_mapping.items()}
-        return {"architectures": ["ParameterGenerator"], "model_type": MODEL_TYPE, **fields}
-
-
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file, keys in the order of the file.
-
-    Raises:
-        CheckpointError: the file cannot be read, is not UTF-8 JSON, is not an object, or has a key twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-        return table
-
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror or error}", "a JSON file", "check the path of the checkpoint"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON: {error}", "one JSON object with unique keys", "fetch the file again"
-        ) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(data).__name__}", "a JSON object", "check that it is the right file"
-        )
-    return data
+        """The content of ``config.json``: keys sorted as in released files, targets in their own order."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data["pg_mapping"] = {name: _target_to_dict(target) for name, target in self.pg_mapping.items()}
+        data |= {"architectures": ["ParameterGenerator"], "model_type": MODEL_TYPE}
+        return dict(sorted(data.items()))
 
 
 def _target_to_dict(target: Target) -> dict[str, Any]:
@@ -144,10 +122,10 @@ class _Reader:
         fields = {key: value for key, value in data.items() if key not in _IGNORED_KEYS | {"model_type"}}
         self._keys("the configuration", fields, set(GeneratorConfig.__dataclass_fields__))
         for name in fields.keys() - {"alpha", "prefix", "pg_mapping"}:
-            self._positive_int(name, fields[name])
+            self._positive_int(name, fields[name], _MAX_LAYERS if name.endswith("_layers") else _MAX_SIZE)
         alpha, prefix, mapping = fields["alpha"], fields["prefix"], fields["pg_mapping"]
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not (0 < alpha < math.inf):
-            raise self._error(f"alpha is {alpha!r}", "a positive number")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= _MAX_SIZE:
+            raise self._error(f"alpha is {alpha!r}", f"a positive number up to {_MAX_SIZE}")
         if not isinstance(prefix, str):
             raise self._error(f"prefix is {prefix!r}", "a string")
         config = GeneratorConfig(**{**fields, "pg_mapping": self._mapping(mapping)})
@@ -166,7 +144,9 @@ class _Reader:
                     f"{dividend} to be a multiple of {divisor}",
                 )
         if config.head_dim % 4:
-            raise self._error(f"head_dim is {config.head_dim}", "a multiple of 4, for two rotary axes of pairs")
+            raise self._error(
+                f"head_dim is {config.head_dim}", "a multiple of 4, for two rotary axes of pairs"
+            )
         if config.output_dim != config.token_dim:
             raise self._error(
                 f"output_dim is {config.output_dim} and token_dim is {config.token_dim}", "both to be equal"
@@ -177,10 +157,11 @@ class _Reader:
         for name, entry in self._named_objects("pg_mapping", data):
             where = f"pg_mapping[{name!r}]"
             mapping[name] = self._grouped(where, entry) if "type" in entry else self._plain(where, entry)
-        entries = list(expand(mapping))
-        duplicates = {name for name, *_ in entries if sum(name == other for other, *_ in entries) > 1}
-        if duplicates:
-            raise self._error(f"pg_mapping names {min(duplicates)!r} twice", "every target once")
+        seen: set[str] = set()
+        for name, *_ in expand(mapping):
+            if name in seen:
+                raise self._error(f"pg_mapping names {name!r} twice", "every target once")
+            seen.add(name)
         return mapping
 
     def _plain(self, where: str, entry: Mapping[str, Any]) -> PlainTarget:
@@ -190,7 +171,9 @@ class _Reader:
 
     def _grouped(self, where: str, entry: Mapping[str, Any]) -> GroupedTarget:
         if entry["type"] != "grouped":
-            raise self._error(f"{where}.type is {entry['type']!r}", "'grouped', or no type for a plain target")
+            raise self._error(
+                f"{where}.type is {entry['type']!r}", "'grouped', or no type for a plain target"
+            )
         self._keys(where, entry, {"type", "num_experts", "sub_weights"})
         experts = self._positive_int(f"{where}.num_experts", entry["num_experts"])
         weights = self._named_objects(f"{where}.sub_weights", entry["sub_weights"])
@@ -202,8 +185,8 @@ class _Reader:
         if not isinstance(data, Mapping) or not data:
             raise self._error(f"{where} is {data!r}", "an object with at least one entry")
         for name, entry in data.items():
-            if not name:
-                raise self._error(f"{where} has an entry without a name", "module names")
+            if not isinstance(name, str) or not name:
+                raise self._error(f"{where} has the name {name!r}", "module names")
             if not isinstance(entry, Mapping):
                 raise self._error(f"{where}[{name!r}] is {entry!r}", "an object")
         return list(data.items())
@@ -212,11 +195,13 @@ class _Reader:
         if missing := expected - data.keys():
             raise self._error(f"{where} lacks {_listed(missing)}", f"the keys {_listed(expected)}")
         if extra := data.keys() - expected:
-            raise self._error(f"{where} has the unknown key {_listed(extra)}", f"the keys {_listed(expected)}")
+            raise self._error(
+                f"{where} has the unknown key {_listed(extra)}", f"the keys {_listed(expected)}"
+            )
 
-    def _positive_int(self, where: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self._error(f"{where} is {value!r}", "a positive integer")
+    def _positive_int(self, where: str, value: Any, maximum: int = _MAX_SIZE) -> int:
+        if type(value) is not int or not 0 < value <= maximum:
+            raise self._error(f"{where} is {value!r}", f"a positive integer up to {maximum}")
         return value
 
     def _error(self, wrong: str, expected: str) -> CheckpointError:
@@ -232,9 +217,11 @@ def expand(mapping: Mapping[str, Target]) -> list[tuple[str, PlainTarget, int | 
         if isinstance(target, PlainTarget):
             entries.append((name, target, None))
         else:
-            entries += [(f"{name}.{sub}", weight, target.num_experts) for sub, weight in target.weights.items()]
+            entries += [
+                (f"{name}.{sub}", weight, target.num_experts) for sub, weight in target.weights.items()
+            ]
     return entries
 
 
 def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names))
+    return ", ".join(sorted(map(str, names)))

@@ -13,8 +13,8 @@ from .config import GeneratorConfig, PlainTarget, expand
 class Slot:
     """One delta tensor of a base layer and the tokens that make it.
 
-    Tokens ``offset … offset + tokens`` count from the first token of the slot's kind. Their numbers in row-major
-    order (token, rank row, channel) are the tensor's numbers; what is left of the last token is padding.
+    Tokens ``offset … offset + tokens`` count from the first token of the slot's kind. Their numbers in
+    row-major order (token, rank row, channel) are the tensor's; what is left of the last token is padding.
     """
 
     entry: str
@@ -56,8 +56,8 @@ class TokenLayout:
 
     def _place(self, config: GeneratorConfig, kind: Literal["A", "B"]) -> list[Slot]:
         def position(entry: str) -> int:
-            # The published order: the first mapping name that the tensor's name contains. This is the order of the
-            # mapping itself, except where one mapping name contains another.
+            # The published order: by the first mapping name that the tensor's name contains. It is the order
+            # of the mapping itself, except where one mapping name contains another.
             key = f"{config.prefix}0.{entry}.lora_{kind}"
             return next(index for index, name in enumerate(config.pg_mapping) if name in key)
 

@@ -1,15 +1,20 @@
 """The parameter generator of HY-WU (arXiv 2603.07236): a condition in, low-rank weight deltas out.
 
-Written from the published formulas. Everything is a primitive, real-valued operation on static or symbolic
-shapes, so that ``torch.export`` gives a plain graph with a dynamic batch and a dynamic number of condition tokens.
+Written from the published formulas, in primitive real-valued operations on static or symbolic shapes, so that
+``torch.export`` gives a plain graph with a dynamic batch and a dynamic number of condition tokens.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import cast
+
 import torch
 import torch.nn.functional as F
+from hywu_runtime.errors import InputError
 from torch import Tensor, nn
 
+from .checkpoint import CONFIG_FILE, checkpoint_folder, load_weights, meta_module, save_checkpoint
 from .config import GeneratorConfig
 from .layout import TokenLayout
 
@@ -33,9 +38,12 @@ class RMSNorm(nn.Module):
 
 
 def rotary_phases(positions: Tensor, dim: int) -> Tensor:
-    """Phases ``position * 10000^(-2i/dim)`` of one rotary axis, float32 ``[len(positions), dim // 2]``."""
+    """Phases ``position * 10000^(-2i/dim)`` of one rotary axis, float32 ``[len(positions), dim // 2]``.
+
+    The reciprocal of the power, not a negative power: the rounding then is that of the published tables.
+    """
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
-    return positions.float()[:, None] * _ROTARY_THETA ** (-pairs / dim)
+    return positions.float()[:, None] * (1.0 / _ROTARY_THETA ** (pairs / dim))
 
 
 def rotary_table(phases: Tensor, dtype: torch.dtype) -> Rotary:
@@ -44,7 +52,7 @@ def rotary_table(phases: Tensor, dtype: torch.dtype) -> Rotary:
 
 
 def grid_phases(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
-    """Phases of two axes, half of ``dim`` each, over a grid in row-major order: ``[rows * columns, dim // 2]``."""
+    """Phases of two axes, half of ``dim`` each, over a row-major grid: ``[rows * columns, dim // 2]``."""
     first = rotary_phases(rows, dim // 2)[:, None].expand(-1, len(columns), -1)
     second = rotary_phases(columns, dim // 2)[None].expand(len(rows), -1, -1)
     return torch.cat([first, second], dim=-1).flatten(0, 1)
@@ -53,7 +61,7 @@ def grid_phases(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate the interleaved pairs of the last axis of ``x`` ``[batch, length, heads, head_dim]``."""
     cos, sin = rotary
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
@@ -69,7 +77,7 @@ class Attention(nn.Module):
         self.W_o = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, source: Tensor, rotary_q: Rotary, rotary_k: Rotary) -> Tensor:
-        """Queries from ``x`` ``[batch, length, dim]``, keys and values from ``source`` ``[batch, other, dim]``."""
+        """Queries from ``x`` ``[batch, length, dim]``, keys and values from ``source`` ``[batch, l, dim]``."""
         heads = (-1, self.head_dim)
         query = rotate(self.W_q(x).unflatten(-1, heads), rotary_q).transpose(1, 2)
         key = rotate(self.W_k(source).unflatten(-1, heads), rotary_k).transpose(1, 2)
@@ -111,16 +119,18 @@ class Block(nn.Module):
         """The two self-attention branches: over the base layers, then over the tokens of each."""
         columns = self.norm1(x).transpose(1, 2)  # [batch, hw, layers, dim]
         flat = columns.flatten(0, 1)
-        x = x + self.self_attn_n(flat, flat, rotary_n, rotary_n).view(columns.shape).transpose(1, 2)
+        attended: Tensor = self.self_attn_n(flat, flat, rotary_n, rotary_n)
+        x = x + attended.view(columns.shape).transpose(1, 2)
         flat = self.norm2(x).flatten(0, 1)
-        return x + self.self_attn_hw(flat, flat, rotary_hw, rotary_hw).view(x.shape)
+        attended = self.self_attn_hw(flat, flat, rotary_hw, rotary_hw)
+        return x + attended.view(x.shape)
 
     def attend_condition(self, x: Tensor, condition: Tensor, rotary_q: Rotary, rotary_k: Rotary) -> Tensor:
-        """The cross-attention branch, all tokens against ``condition`` ``[batch, length, dim]``, and the MLP."""
-        attended = self.self_attn_cross(self.norm3(x).flatten(1, 2), condition, rotary_q, rotary_k)
+        """The cross-attention branch, all tokens to ``condition`` ``[batch, length, dim]``, and the MLP."""
+        attended: Tensor = self.self_attn_cross(self.norm3(x).flatten(1, 2), condition, rotary_q, rotary_k)
         x = x + attended.view(x.shape)
-        x = x + self.feed_forward(self.norm4(x))
-        return x
+        transformed: Tensor = self.feed_forward(self.norm4(x))
+        return x + transformed
 
 
 class TokenTransformer(nn.Module):
@@ -138,6 +148,11 @@ class TokenTransformer(nn.Module):
         self.proj_out_A = nn.Linear(chunk, config.output_dim)
         self.proj_out_B = nn.Linear(chunk, config.output_dim)
 
+    @property
+    def typed_blocks(self) -> list[Block]:
+        """The blocks, as what they are rather than as plain modules."""
+        return cast("list[Block]", list(self.blocks))
+
 
 class ParameterGenerator(nn.Module):
     """Makes the deltas of every target of every base layer from a condition.
@@ -154,76 +169,132 @@ class ParameterGenerator(nn.Module):
         nn.init.zeros_(self.model.proj_out_B.weight)
         nn.init.zeros_(self.model.proj_out_B.bias)
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> ParameterGenerator:
+        """Load ``config.json`` and ``model.safetensors`` (or its shards) from the folder ``path``.
+
+        Weights may be stored as float32, float16 or bfloat16; the module's are ``dtype``.
+
+        Raises:
+            CheckpointError: the folder or one of its files is missing, damaged or inconsistent.
+        """
+        config = GeneratorConfig.from_file(checkpoint_folder(path) / CONFIG_FILE)
+        return load_weights(path, meta_module(cls, config), dtype)
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json`` and ``model.safetensors``, stored as ``dtype``, into the folder ``path``.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        config = {**self.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+        save_checkpoint(path, dict(sorted(config.items())), self, dtype)
+
     def forward(self, condition: Tensor) -> dict[str, Tensor]:
         """Deltas as the published model returns them.
 
         Args:
-            condition: ``[B, L, input_dim]`` or ``[B, 1, L, input_dim]``.
+            condition: ``[B, L, input_dim]`` or ``[B, 1, L, input_dim]``, in the dtype of the weights.
 
         Returns:
             ``<prefix><layer>.<entry>.lora_A`` ``[B, (experts,) rank, in]`` and ``….lora_B``
             ``[B, (experts,) out, rank]``, and ``scale``, the number alpha / rank that B·A is multiplied with.
+
+        Raises:
+            InputError: the condition has another shape.
         """
-        outputs = self._generate(condition, scale_b=1.0)
-        outputs["scale"] = torch.tensor(self.config.scale, dtype=condition.dtype, device=condition.device)
+        model = self.model
+        outputs = self._generate(condition, model.proj_out_B.weight, model.proj_out_B.bias)
+        dtype = next(iter(outputs.values())).dtype
+        outputs["scale"] = torch.full((), self.config.scale, dtype=dtype, device=condition.device)
         return outputs
 
     def deltas(self, condition: Tensor) -> dict[str, Tensor]:
-        """As `forward`, but alpha / rank is already in B and there is no ``scale``."""
-        return self._generate(condition, scale_b=self.config.scale)
+        """As `forward`, but alpha / rank is already in B, by way of the Linear that makes B; no ``scale``."""
+        project, scale = self.model.proj_out_B, self.config.scale
+        return self._generate(condition, project.weight * scale, project.bias * scale)
 
-    def _generate(self, condition: Tensor, scale_b: float) -> dict[str, Tensor]:
+    def fold_condition_independent(self, max_bytes: int = 16 << 20) -> ParameterGenerator:
+        """A generator on the same weights in which what no condition changes is computed once, here.
+
+        That is the start tokens and the self-attention branches of the first block. Where their result,
+        ``[1, layers, hw, d_model]``, takes more than ``max_bytes``, this returns the generator itself.
+        """
+        weight = self.model.hw_pos.weight
+        elements = self.config.num_base_model_layers * self.layout.hw * self.config.d_model
+        return self if elements * weight.element_size() > max_bytes else FoldedGenerator(self)
+
+    def _generate(self, condition: Tensor, weight_b: Tensor, bias_b: Tensor) -> dict[str, Tensor]:
         model = self.model
-        if condition.dim() == 4:
-            condition = condition.squeeze(1)
-        source = model.norm_input(self.hidden_in(condition))
+        source = model.norm_input(self.hidden_in(self._checked(condition)))
         batch, length, _ = source.shape
-        layers, hw = self.config.num_base_model_layers, self.layout.hw
+        rotary_n, rotary_hw = self._token_rotary(source.dtype, source.device)
+        rotary_q, rotary_k = self._condition_rotary(length, source.dtype, source.device)
 
-        rotary_n, rotary_hw, rotary_q, rotary_k = self._rotary(length, source.dtype, source.device)
-        x = self._start_tokens()
-        for index, block in enumerate(model.blocks):
-            x = block.attend_tokens(x, rotary_n, rotary_hw)
-            if index == 0:  # up to here nothing depends on the condition, and one sample stands for all
-                x = x.expand(batch, layers, hw, -1)
+        # One sample stands for all until the condition comes in.
+        x = self._first_tokens(rotary_n, rotary_hw).expand(batch, -1, -1, -1)
+        for index, block in enumerate(model.typed_blocks):
+            if index > 0:
+                x = block.attend_tokens(x, rotary_n, rotary_hw)
             x = block.attend_condition(x, source, rotary_q, rotary_k)
-        return self._detokenise(model.norm_final(x), scale_b)
+        return self._detokenise(model.norm_final(x), weight_b, bias_b)
+
+    def _checked(self, condition: Tensor) -> Tensor:
+        """The condition as ``[B, L, input_dim]``."""
+        width = self.config.input_dim
+        if condition.dim() == 4 and condition.shape[1] == 1:
+            condition = condition.squeeze(1)
+        if condition.dim() != 3 or condition.shape[-1] != width:
+            raise InputError(
+                f"the condition has the shape {list(condition.shape)}",
+                f"[batch, length, {width}] or [batch, 1, length, {width}]",
+                "check that the condition was made for this generator",
+            )
+        return condition
+
+    def _first_tokens(self, rotary_n: Rotary, rotary_hw: Rotary) -> Tensor:
+        """Tokens ``[1, layers, hw, d_model]`` before the first cross-attention."""
+        return self.model.typed_blocks[0].attend_tokens(self._start_tokens(), rotary_n, rotary_hw)
 
     def _start_tokens(self) -> Tensor:
-        """Query tokens ``[1, layers, hw, d_model]``: the rows of one token lie side by side in its channels."""
+        """Query tokens ``[1, layers, hw, d_model]``: the rows of a token lie side by side in its channels."""
         model = self.model
         rows = model.layer_pos.weight[:, None] + model.hw_pos.weight[None]
         tokens: Tensor = model.norm_tokens(rows.reshape(1, len(rows), self.layout.hw, self.config.d_model))
         return tokens
 
-    def _rotary(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Rotary, ...]:
-        """Tables of the layer axis, the token grid, the cross-attention's queries and its ``length`` keys."""
-
-        def positions(count: int) -> Tensor:
-            return torch.arange(count, device=device)
-
+    def _token_rotary(self, dtype: torch.dtype, device: torch.device) -> tuple[Rotary, Rotary]:
+        """Tables of the self-attentions: over the base layers, over the token grid of one layer."""
         dim, layout = self.config.head_dim, self.layout
-        layers = positions(self.config.num_base_model_layers)
-        keys = rotary_phases(positions(length) + max(layout.t, layout.w), dim // 2)
-        phases = (
-            rotary_phases(layers, dim),
-            grid_phases(positions(layout.t), positions(layout.w), dim),
-            grid_phases(layers, positions(layout.hw), dim),
-            torch.cat([keys, keys], dim=-1),
+        layers = torch.arange(self.config.num_base_model_layers, device=device)
+        rows, columns = torch.arange(layout.t, device=device), torch.arange(layout.w, device=device)
+        return (
+            rotary_table(rotary_phases(layers, dim), dtype),
+            rotary_table(grid_phases(rows, columns, dim), dtype),
         )
-        return tuple(rotary_table(phase, dtype) for phase in phases)
 
-    def _detokenise(self, x: Tensor, scale_b: float) -> dict[str, Tensor]:
+    def _condition_rotary(
+        self, length: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Rotary, Rotary]:
+        """Tables of the cross-attention: of all tokens as queries, of ``length`` condition tokens as keys."""
+        dim, layout = self.config.head_dim, self.layout
+        layers = torch.arange(self.config.num_base_model_layers, device=device)
+        tokens = torch.arange(layout.hw, device=device)
+        keys = rotary_phases(torch.arange(length, device=device) + max(layout.t, layout.w), dim // 2)
+        return (
+            rotary_table(grid_phases(layers, tokens, dim), dtype),
+            rotary_table(torch.cat([keys, keys], dim=-1), dtype),
+        )
+
+    def _detokenise(self, x: Tensor, weight_b: Tensor, bias_b: Tensor) -> dict[str, Tensor]:
         """Cut final tokens ``[B, layers, hw, d_model]`` into the tensors of the layout."""
-        model, layout, config = self.model, self.layout, self.config
+        layout, config = self.layout, self.config
         batch, layers = x.shape[0], config.num_base_model_layers
         rows = x.reshape(batch, layers, layout.t * config.rank, -1)
         boundary = layout.t_a * config.rank
         numbers = {
-            "A": model.proj_out_A(rows[:, :, :boundary]).flatten(2),
-            "B": F.linear(
-                rows[:, :, boundary:], model.proj_out_B.weight * scale_b, model.proj_out_B.bias * scale_b
-            ).flatten(2),
+            "A": self.model.proj_out_A(rows[:, :, :boundary]).flatten(2),
+            "B": F.linear(rows[:, :, boundary:], weight_b, bias_b).flatten(2),
         }
         outputs: dict[str, Tensor] = {}
         for slot in layout.slots:
@@ -232,3 +303,25 @@ class ParameterGenerator(nn.Module):
             for layer, tensor in enumerate(tensors.unbind(1)):
                 outputs[slot.key(config.prefix, layer)] = tensor
         return outputs
+
+
+class FoldedGenerator(ParameterGenerator):
+    """A generator whose tokens before the first cross-attention are a constant, on its parent's weights.
+
+    Its state dict is that of the parent. Weights that change afterwards do not change the constant: this is
+    for export and inference.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, generator: ParameterGenerator):
+        nn.Module.__init__(self)
+        self.config, self.layout = generator.config, generator.layout
+        self.hidden_in, self.model = generator.hidden_in, generator.model
+        weight = generator.model.hw_pos.weight
+        with torch.no_grad():
+            tokens = generator._first_tokens(*generator._token_rotary(weight.dtype, weight.device))
+        self.register_buffer("tokens", tokens, persistent=False)
+
+    def _first_tokens(self, rotary_n: Rotary, rotary_hw: Rotary) -> Tensor:
+        return self.tokens
