@@ -1,4 +1,4 @@
-"""Samplers as tables: a diffusers scheduler becomes one row of coefficients per evaluation of the denoiser."""
+"""Samplers as tables: one row of coefficients per evaluation of the denoiser."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from hywu_runtime.errors import InputError, UnsupportedError
 
 
 class Scheduler(Protocol):
-    """What is used of a diffusers scheduler; ``scale_model_input`` and ``init_noise_sigma`` are optional there."""
+    """What is used of a diffusers scheduler, besides the optional scale_model_input and init_noise_sigma."""
 
     config: Any
     timesteps: Any
@@ -57,14 +57,21 @@ _SPACINGS = {
 
 # Settings that no table can express: setting → (why, remedy).
 _OBSTACLES = {
-    "clip_sample": ("clips the predicted image, which no linear table can do", "Set clip_sample=False"),
+    "clip_sample": (
+        "clips the predicted image, which no linear table can do",
+        "Set clip_sample=False in its configuration",
+    ),
+    "clip_denoised": (
+        "clips the predicted image, which no linear table can do",
+        "Set clip_denoised=False in its configuration",
+    ),
     "thresholding": (
         "limits the predicted image by its own quantile (dynamic thresholding), which no linear table can do",
-        "Set thresholding=False",
+        "Set thresholding=False in its configuration",
     ),
     "use_dynamic_shifting": (
         "makes the noise levels depend on the image size, which a table per step count cannot do",
-        "Set use_dynamic_shifting=False with a fixed shift",
+        "Set use_dynamic_shifting=False and a fixed shift in its configuration",
     ),
 }
 
@@ -72,7 +79,7 @@ _OBSTACLES = {
 def sampler_name(scheduler: Scheduler) -> str:
     """The short name of a scheduler, such as ``euler_a`` or ``dpmpp_2m_karras``.
 
-    A scheduler without an entry in the list of short names goes by its class: ``FooBarScheduler`` is ``foo_bar``.
+    A scheduler that has no short name goes by its class: ``FooBarScheduler`` is ``foo_bar``.
     """
     cls = type(scheduler)
     name = next(
@@ -92,14 +99,14 @@ def make_scheduler(sampler: str | type, config: Mapping[str, Any]) -> Scheduler:
 
     Args:
         sampler: a short name (``euler``), a short name with an ending for the spacing of the noise levels
-            (``dpmpp_2m_karras``; without an ending the usual spacing), a diffusers class name, or a class. A short name
-            decides over the settings that it stands for; everything else is the configuration's.
+            (``dpmpp_2m_karras``; without an ending the usual spacing), a diffusers class name, or a class.
+            A short name decides the settings that it stands for; everything else is the configuration's.
         config: ``pipeline.scheduler.config`` or an equal mapping.
 
     Raises:
         InputError: no such sampler, or it cannot be built from this configuration.
-        UnsupportedError: the result could not be traced. Nothing is switched off silently: DDIM, for one, clips
-            unless the configuration says ``clip_sample: False``.
+        UnsupportedError: the result could not be traced. Nothing is switched off silently: DDIM, for one,
+            clips unless the configuration says ``clip_sample: False``.
     """
     cls, settings = (sampler, {}) if isinstance(sampler, type) else _resolve(sampler)
     if not hasattr(cls, "from_config"):
@@ -120,7 +127,9 @@ def check_supported(scheduler: Scheduler) -> None:
     for setting, (why, remedy) in _OBSTACLES.items():
         if _active(scheduler, setting):
             raise UnsupportedError(
-                f"{type(scheduler).__name__} with {setting}=True {why}", f"{setting}=False", remedy
+                f"{type(scheduler).__name__} with {setting}=True {why}",
+                "an update that is linear and fixed",
+                remedy,
             )
 
 
@@ -148,8 +157,11 @@ def _resolve(sampler: str) -> tuple[Any, dict[str, Any]]:
         spacings = {setting: e == ending for e, setting in _SPACINGS.items() if setting in _parameters(cls)}
         if not ending or _SPACINGS[ending] in spacings:
             return cls, {**settings, **spacings}
-        raise InputError(f"{class_name} has no {ending} spacing of noise levels", f"{name!r} without an ending")
+        raise InputError(
+            f"{class_name} has no {ending} spacing of noise levels", f"{name!r} without an ending"
+        )
     raise InputError(
         f"There is no sampler {sampler!r}",
-        f"a diffusers scheduler class or one of {', '.join(_SAMPLERS)}, with _karras, _exponential or _beta appended",
+        f"a diffusers scheduler class or one of {', '.join(_SAMPLERS)}",
+        "Append _karras, _exponential or _beta for another spacing of the noise levels",
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-
 from hywu_runtime.errors import InputError
 
 _NAME = re.compile(r"[A-Za-z0-9_+-]+")
@@ -21,8 +20,8 @@ _NAME = re.compile(r"[A-Za-z0-9_+-]+")
 class ScheduleTable:
     """All step counts 1…M of one sampler.
 
-    A row holds K = 2·history + 4 coefficients: of the model input, of the latents, of the model output, of the noise,
-    then pairs for the latents and the model output of 1, 2, … evaluations ago.
+    A row holds K = 2·history + 4 coefficients: of the model input, of the latents, of the model output, of
+    the noise, then pairs for the latents and the model output of 1, 2, … evaluations ago.
     """
 
     name: str
@@ -31,7 +30,7 @@ class ScheduleTable:
     offsets: npt.NDArray[np.int64]  # [M+2]; rows of step count N are offsets[N]…offsets[N+1]
     timesteps: npt.NDArray[np.float32]  # [rows]
     coefficients: npt.NDArray[np.float32]  # [rows, K]
-    initial_scale: npt.NDArray[np.float32]  # [M+1]; standard deviation of the first latents, 0 if N is refused
+    initial_scale: npt.NDArray[np.float32]  # [M+1]; deviation of the first latents, 0 if refused
     stochastic: bool  # some row uses noise
 
     def rows(self, steps: int) -> slice:
@@ -49,7 +48,7 @@ class ScheduleTable:
         """The same sampler with room for a longer history; raises InputError if it would be shorter."""
         if history < self.history:
             raise InputError(
-                f"{self.class_name} refers to {self.history} earlier evaluations and cannot be cut to {history}",
+                f"{self.class_name} needs {self.history} earlier evaluations, not {history}",
                 f"a history of at least {self.history}",
             )
         padding = ((0, 0), (0, 2 * (history - self.history)))
@@ -59,8 +58,9 @@ class ScheduleTable:
 def write_schedules(path: str | os.PathLike[str], tables: Mapping[str, ScheduleTable]) -> None:
     """Write the schedule file of a bundle; the same tables give the same bytes.
 
-    The mapping's keys are the samplers' names in the file. All tables are widened to the longest history among
-    them, for every sampler of a bundle has the same K. Raises InputError for an empty mapping or an unusable name.
+    The mapping's keys are the samplers' names in the file. All tables are widened to the longest history
+    among them, for every sampler of a bundle has the same K. Raises InputError for an empty mapping or an
+    unusable name, OSError if the file cannot be written; an earlier file then stays as it was.
     """
     from safetensors.numpy import save
 
@@ -69,7 +69,8 @@ def write_schedules(path: str | os.PathLike[str], tables: Mapping[str, ScheduleT
     for name in tables:
         if not _NAME.fullmatch(name):
             raise InputError(
-                f"{name!r} cannot be the name of a sampler", "ASCII letters, digits, '_', '+' and '-', at least one"
+                f"{name!r} cannot be the name of a sampler",
+                "ASCII letters, digits, '_', '+' and '-', at least one",
             )
     history = max(table.history for table in tables.values())
     tensors: dict[str, npt.NDArray[np.generic]] = {}

@@ -1,11 +1,12 @@
 """Compile a diffusers scheduler to a table of coefficients, by running it on basis vectors.
 
-A scheduler is linear in what it is given: latents, model outputs and noise. Its coefficients are read off rather than
-derived again: every evaluation k is given fresh unit vectors x_k, m_k and n_k, so that whatever the scheduler
-remembers from earlier evaluations shows up in its answer y_k at the place of the x_j, m_j and n_j it came from.
+A scheduler is linear in what it is given: latents, model outputs and noise. Its coefficients are read off
+rather than derived again: every evaluation k is given fresh unit vectors x_k, m_k and n_k, so that whatever
+the scheduler remembers from earlier evaluations shows up in its answer y_k at the place of the x_j, m_j and
+n_j it came from.
 
-Because nothing but the real scheduler defines the table, a table is only accepted after random trajectories run with it
-agree with the real scheduler: unit vectors alone do not see clipping, for example.
+A table is only accepted after random trajectories run with it agree with the real scheduler: unit vectors
+alone do not see clipping, for example.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from hywu_runtime.errors import InputError, UnsupportedError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hywu_export.schedules.samplers import Scheduler, check_supported, sampler_name
 from hywu_export.schedules.table import ScheduleTable
 from hywu_export.schedules.update import apply_row
-from hywu_runtime.errors import InputError, UnsupportedError
 
 MAX_HISTORY = 3
 _NEGLIGIBLE = 1e-6  # of the largest coefficient; some schedulers compute in float32 whatever they are given
-_TOLERANCE = 1e-5  # of the largest term met so far on a trajectory
+_TOLERANCE = 1e-5  # of the largest number met so far on a trajectory
 
 Array = npt.NDArray[np.float64]
 
@@ -39,14 +40,14 @@ def trace_scheduler(scheduler: Scheduler, max_steps: int = 100, history: int | N
     Step counts that the scheduler itself refuses, or for which it divides by zero, get no rows.
 
     Args:
-        scheduler: a diffusers scheduler; it is copied and left as it is. Noise is taken as one standard normal draw
-            per evaluation, and ``step`` is called with its defaults (DDIM with ``eta`` 0).
+        scheduler: a diffusers scheduler; it is copied and left as it is. Noise is taken as one standard
+            normal draw per evaluation, and ``step`` is called with its defaults (DDIM with ``eta`` 0).
         max_steps: the largest step count of the table.
-        history: how many earlier evaluations (at most 3) the rows may refer to; by default the smallest number, at
-            least 1, that suffices.
+        history: how many earlier evaluations (at most 3) the rows refer to; by default the smallest number,
+            at least 1, that suffices.
 
     Raises:
-        UnsupportedError: the scheduler is not linear, needs a longer history, or accepts no step count at all.
+        UnsupportedError: the scheduler is not linear, needs a longer history, or accepts no step count.
         InputError: ``max_steps`` or ``history`` is out of range.
     """
     if max_steps < 1:
@@ -56,39 +57,42 @@ def trace_scheduler(scheduler: Scheduler, max_steps: int = 100, history: int | N
     check_supported(scheduler)
     cls = type(scheduler).__name__
     traces: dict[int, _Trace] = {}
-    refusal = ""
+    refusal: _StepsRefusedError | None = None
     for steps in range(1, max_steps + 1):
         try:
             traces[steps] = _trace(scheduler, steps)
         except _StepsRefusedError as error:
-            refusal = str(error)
+            refusal = error
     if not traces:
         raise UnsupportedError(
-            f"{cls} cannot be run with any step count up to {max_steps} ({refusal})",
+            f"{cls} cannot run any step count up to {max_steps}: {refusal}",
             "a scheduler that works with set_timesteps(N) and step(model_output, t, sample)",
             "Choose another scheduler",
         )
     for length in range(1, MAX_HISTORY + 1) if history is None else [history]:
-        rows = {steps: _rows(trace, length) for steps, trace in traces.items()}
-        if all(row is not None for row in rows.values()):
+        rows = {steps: row for steps, trace in traces.items() if (row := _rows(trace, length)) is not None}
+        if len(rows) == len(traces):
             break
     else:
         raise UnsupportedError(
-            f"{cls} refers to more than the last {history or MAX_HISTORY} evaluations, or to noise of earlier ones",
+            f"{cls} refers to evaluations further back than {history or MAX_HISTORY}, or to earlier noise",
             "a scheduler whose update is linear in the last few latents and model outputs",
             "Lower its order, or choose another scheduler",
         )
-    table = _assemble(scheduler, max_steps, length, traces, {n: row for n, row in rows.items() if row is not None})
+    table = _assemble(scheduler, max_steps, length, traces, rows)
     _verify(scheduler, table, sorted({*list(traces)[:3], *list(traces)[4::13], max(traces)}))
     return table
 
 
-class _StepsRefusedError(Exception):
+class _StepsRefusedError(UnsupportedError):
     """The scheduler cannot run this step count."""
+
+    def __init__(self, scheduler: Scheduler, steps: int, reason: object):
+        super().__init__(f"{type(scheduler).__name__} fails with {steps} steps ({reason})")
 
 
 class _Draw(TorchFunctionMode):
-    """Answers the normal draw inside a scheduler's step with a given tensor, wherever the scheduler makes it."""
+    """Answers the normal draw inside a scheduler's step, wherever it is made, with a given tensor."""
 
     def __init__(self, noise: Tensor):
         super().__init__()
@@ -101,10 +105,10 @@ class _Draw(TorchFunctionMode):
         if func not in (torch.randn, torch.randn_like):
             return func(*args, **kwargs)
         if self.noise is None:
-            raise _StepsRefusedError("it draws noise more than once per evaluation")
+            raise UnsupportedError("it draws noise more than once per evaluation")
         shape = (torch.empty if func is torch.randn else torch.empty_like)(*args).shape
         if shape != self.noise.shape:
-            raise _StepsRefusedError(f"it draws noise of shape {list(shape)}, not that of the latents")
+            raise UnsupportedError(f"it draws noise of {list(shape)} for latents of {list(self.noise.shape)}")
         noise, self.noise = self.noise, None
         return noise.to(kwargs.get("dtype") or noise.dtype)
 
@@ -114,10 +118,11 @@ class _Run:
 
     def __init__(self, scheduler: Scheduler, steps: int):
         self.scheduler: Any = copy.deepcopy(scheduler)
+        self.steps = steps
         try:
             self.scheduler.set_timesteps(steps)
         except Exception as error:  # schedulers refuse with whatever comes to hand
-            raise _StepsRefusedError(str(error)) from error
+            raise _StepsRefusedError(scheduler, steps, error) from error
         self.timesteps: Tensor = self.scheduler.timesteps
         self.initial_scale = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
@@ -129,11 +134,13 @@ class _Run:
             scale = getattr(self.scheduler, "scale_model_input", None)
             model_input = x if scale is None else scale(x, t)
             with _Draw(noise):
-                return model_input, self.scheduler.step(m, t, x, return_dict=False)[0]
-        except _StepsRefusedError:
-            raise
+                x_next = self.scheduler.step(m, t, x, return_dict=False)[0]
         except Exception as error:
-            raise _StepsRefusedError(str(error)) from error
+            raise _StepsRefusedError(self.scheduler, self.steps, error) from error
+        if x_next.shape != x.shape:
+            reason = f"latents of shape {list(x.shape)} become {list(x_next.shape)}"
+            raise _StepsRefusedError(self.scheduler, self.steps, reason)
+        return model_input, x_next
 
 
 @dataclass(frozen=True)
@@ -157,14 +164,14 @@ def _trace(scheduler: Scheduler, steps: int) -> _Trace:
         model_input, answer = run.evaluate(k, *basis[3 * k : 3 * k + 3])
         input_scales[k] = model_input[0, 3 * k, 0, 0]
         responses[k] = answer.flatten()
-    if not (np.isfinite(responses).all() and np.isfinite(input_scales).all() and np.isfinite(run.initial_scale)):
-        raise _StepsRefusedError("its coefficients are not finite")
+    if not all(np.isfinite(values).all() for values in (responses, input_scales, run.initial_scale)):
+        raise _StepsRefusedError(scheduler, steps, "its coefficients are not finite")
     timesteps = run.timesteps.to(torch.float32).numpy()
     return _Trace(timesteps, run.initial_scale, input_scales, responses)
 
 
 def _rows(trace: _Trace, history: int) -> Array | None:
-    """Coefficients ``[R, K]`` in the order of docs/bundle.md, or None if the history is too short for them."""
+    """Coefficients ``[R, K]`` in the order of docs/bundle.md, or None if the history is too short."""
     count = len(trace.timesteps)
     rows = np.zeros((count, 2 * history + 4))
     rows[:, 0] = trace.input_scales
@@ -179,16 +186,16 @@ def _rows(trace: _Trace, history: int) -> Array | None:
 
 
 def _within(responses: Array, k: int, history: int) -> Array | None:
-    """y_k as a combination of x, m of this and of the last ``history`` evaluations and of this noise, if it is one."""
+    """y_k in terms of x, m and noise of evaluation k and x and m of the last ``history``, if possible."""
     foreign = np.zeros(responses.shape[1], dtype=bool)
     foreign[: 3 * max(0, k - history)] = True
     foreign[2 : 3 * k : 3] = True  # noise is not remembered
-    response = responses[k]
+    response: Array = responses[k]
     bound = _NEGLIGIBLE * np.abs(response).max()
     if np.abs(response[foreign]).max(initial=0.0) <= bound:
         return response
-    # A corrector (UniPC) carries a state along that depends on all of the past, but y_{k-1} depends on it in the same
-    # way. As x_k is y_{k-1} on every real trajectory, any multiple of x_k − y_{k-1} = 0 may be added.
+    # A corrector (UniPC) carries a state along that depends on all of the past, but y_{k-1} depends on it in
+    # the same way. As x_k is y_{k-1} on every real trajectory, any multiple of x_k − y_{k-1} = 0 may be added.
     previous = responses[k - 1]
     weight = previous[foreign] @ previous[foreign]
     if weight == 0.0:
@@ -218,21 +225,23 @@ def _assemble(
 
 
 def _verify(scheduler: Scheduler, table: ScheduleTable, step_counts: Iterable[int]) -> None:
-    """Raise UnsupportedError unless random trajectories run with the table are those of the real scheduler."""
+    """Raise UnsupportedError unless random trajectories with the table are those of the real scheduler."""
     for steps in step_counts:
         for seed, scale in enumerate((1.0, 30.0, 1.0, 30.0)):
             error = _trajectory_error(scheduler, table, steps, scale, seed)
             if not error <= _TOLERANCE:
                 raise UnsupportedError(
-                    f"{table.class_name} is not linear: with {steps} steps, its table is off by {error:.1g} of the "
-                    "latents on a random trajectory",
+                    f"{table.class_name} is not linear in latents, model outputs and one draw of noise: with "
+                    f"{steps} steps, a table of it is off by {error:.1g} on a random trajectory",
                     f"a relative difference of at most {_TOLERANCE:g}",
-                    "Switch off what clips, thresholds or draws noise in a way of its own, or choose another scheduler",
+                    "Switch off what clips or thresholds in its configuration, or choose another scheduler",
                 )
 
 
-def _trajectory_error(scheduler: Scheduler, table: ScheduleTable, steps: int, scale: float, seed: int) -> float:
-    """The largest difference on a random trajectory, relative to the largest sum of terms so far."""
+def _trajectory_error(
+    scheduler: Scheduler, table: ScheduleTable, steps: int, scale: float, seed: int
+) -> float:
+    """The largest difference on a random trajectory, relative to the largest number so far."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(factor: float) -> Tensor:
@@ -241,7 +250,7 @@ def _trajectory_error(scheduler: Scheduler, table: ScheduleTable, steps: int, sc
     run = _Run(scheduler, steps)
     real = latents = normal(scale * run.initial_scale)
     history = torch.zeros((2, 2 * table.history, 3, 4, 5), dtype=torch.float64)
-    peak = worst = torch.zeros((), dtype=torch.float64)
+    peak, worst = real.abs().max(), torch.zeros((), dtype=torch.float64)
     for k, row in enumerate(torch.from_numpy(table.coefficients[table.rows(steps)]).double()):
         m, noise = normal(scale), normal(1.0)
         model_input, real = run.evaluate(k, real, m, noise)

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 
-def apply_row(coefficients: Tensor, x: Tensor, m: Tensor, noise: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+def apply_row(
+    coefficients: Tensor, x: Tensor, m: Tensor, noise: Tensor, history: Tensor
+) -> tuple[Tensor, Tensor]:
     """One evaluation of a traced sampler (docs/bundle.md, *Schedules*).
 
     Args:
-        coefficients: ``[K]``, K = 2H + 4, a row of a :class:`~hywu_export.schedules.ScheduleTable`; its first element
-            scales the model input and is the caller's to apply.
+        coefficients: ``[K]``, K = 2H + 4, a row of a :class:`~hywu_export.schedules.ScheduleTable`; its first
+            element scales the model input and is the caller's to apply.
         x: latents before the update, ``[B, …]``; everything is computed in its dtype (float32 in a bundle).
         m: model output for ``coefficients[0] * x``, like ``x``.
         noise: standard normal numbers, like ``x``; must be finite even where its coefficient is 0.
