@@ -6,9 +6,8 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
-
 from hywu_runtime.errors import UnsupportedError
+from onnx_ir.passes.common import ShapeInferencePass
 
 
 def free_delta_axis(model: ir.Model, axes: Collection[str], graph_name: str) -> ir.Model:
@@ -70,6 +69,7 @@ def _copy_first_dimension(node: ir.Node) -> None:
         value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(sizes.shape)
         node.graph.register_initializer(value)
         node.replace_input_with(1, value)
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
 
 
 def _infer_shapes(model: ir.Model) -> None:

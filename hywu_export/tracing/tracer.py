@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 import sympy
 import torch
+from hywu_runtime.errors import UnsupportedError
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
@@ -22,7 +23,6 @@ from hywu_export.passes.delta_axis import free_delta_axis
 from hywu_export.passes.naming import name_by_scope
 from hywu_export.tracing.fake import traceable
 from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec, resolve_axis
-from hywu_runtime.errors import UnsupportedError
 
 OPSET = 20
 IR_VERSION = 10
@@ -107,7 +107,9 @@ class _Sizes:
 
     def __init__(self, spec: GraphSpec, axes: Mapping[str, Axis]):
         self._spec = spec
-        self.shared_axes = tuple(name for name in self.named_axes() if axes.get(name, Axis()).one_or is not None)
+        self.shared_axes = tuple(
+            name for name in self.named_axes() if axes.get(name, Axis()).one_or is not None
+        )
         self.factors: dict[str, int] = {}
         self._roots: dict[str, str] = {}
         for name in self.named_axes():
@@ -148,7 +150,11 @@ class _Sizes:
     def dynamic_shapes(self) -> tuple[Any, ...] | dict[str, Any]:
         """What ``torch.export.export`` takes; ``*args`` of a forward count as one argument, a tuple."""
         per_input = tuple(
-            {i: self._dim(d) for i, d in enumerate(t.shape) if isinstance(d, str) and d not in self.shared_axes}
+            {
+                i: self._dim(d)
+                for i, d in enumerate(t.shape)
+                if isinstance(d, str) and d not in self.shared_axes
+            }
             for t in self._spec.inputs
         )
         code = self._spec.module.forward.__code__  # type: ignore[union-attr]
@@ -207,7 +213,8 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
             )
         if dtype != tensor.dtype:
             raise UnsupportedError(
-                f"Output {tensor.name!r} of graph {spec.name!r} is {dtype}", f"It is declared as {tensor.dtype}"
+                f"Output {tensor.name!r} of graph {spec.name!r} is {dtype}",
+                f"It is declared as {tensor.dtype}",
             )
     return names
 
@@ -283,7 +290,9 @@ def _first_lines(error: Exception, limit: int = 400) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the exporter's notes (no torchvision, deprecations) off the terminal; its errors are exceptions."""
-    loggers: Sequence[logging.Logger] = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers: Sequence[logging.Logger] = [
+        logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
