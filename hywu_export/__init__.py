@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hywu_export.export import ExportOptions, export
+    from hywu_export.exporter import ExportOptions, export
 
 __all__ = ["ExportOptions", "export"]
 
@@ -13,6 +13,6 @@ __all__ = ["ExportOptions", "export"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hywu_export import export as module
+    from hywu_export import exporter
 
-    return getattr(module, name)
+    return getattr(exporter, name)
