@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,8 +59,8 @@ def write_schedules(path: str | os.PathLike[str], tables: Mapping[str, ScheduleT
     """Write the schedule file of a bundle; the same tables give the same bytes.
 
     The mapping's keys are the samplers' names in the file. All tables are widened to the longest history
-    among them, for every sampler of a bundle has the same K. Raises InputError for an empty mapping or an
-    unusable name, OSError if the file cannot be written; an earlier file then stays as it was.
+    among them, for every sampler of a bundle has the same K. Raises InputError for an empty mapping, an
+    unusable name, or a file that cannot be written; an earlier file then stays as it was.
     """
     from safetensors.numpy import save
 
@@ -85,12 +85,14 @@ def write_schedules(path: str | os.PathLike[str], tables: Mapping[str, ScheduleT
 
 def _replace(path: Path, data: bytes) -> None:
     """Put ``data`` in place at once, so that no reader ever sees half of it."""
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    staged = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(staged, 0o644)
-        os.replace(staged, path)
-    except BaseException:
-        os.unlink(staged)
-        raise
+        staged.write_bytes(data)
+        staged.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
+        raise InputError(
+            f"{path} cannot be written ({error.strerror})",
+            "a file in a directory that exists, and free space",
+        ) from error

@@ -12,7 +12,9 @@ alone do not see clipping, for example.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +30,25 @@ from hywu_export.schedules.table import ScheduleTable
 from hywu_export.schedules.update import apply_row
 
 MAX_HISTORY = 3
-_NEGLIGIBLE = 1e-6  # of the largest coefficient; some schedulers compute in float32 whatever they are given
+_NEGLIGIBLE = 1e-8  # of the largest coefficient
 _TOLERANCE = 1e-5  # of the largest number met so far on a trajectory
 
 Array = npt.NDArray[np.float64]
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep schedulers from giving the same advice about every step count."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@_quiet()
 def trace_scheduler(scheduler: Scheduler, max_steps: int = 100, history: int | None = None) -> ScheduleTable:
     """The coefficients of a scheduler for every step count from 1 to ``max_steps``.
 
@@ -195,7 +210,7 @@ def _within(responses: Array, k: int, history: int) -> Array | None:
     if np.abs(response[foreign]).max(initial=0.0) <= bound:
         return response
     # A corrector (UniPC) carries a state along that depends on all of the past, but y_{k-1} depends on it in
-    # the same way. As x_k is y_{k-1} on every real trajectory, any multiple of x_k − y_{k-1} = 0 may be added.
+    # the same way. As x_k is y_{k-1} on a real trajectory, any multiple of x_k − y_{k-1} = 0 may be added.
     previous = responses[k - 1]
     weight = previous[foreign] @ previous[foreign]
     if weight == 0.0:
