@@ -14,11 +14,13 @@ from hywu_export.bundle.sources import read_json_object
 
 MODEL_TYPE = "parameter_generator"
 
-# What libraries write into every config.json, besides keys with a leading underscore. It says nothing about the
-# network; any other key might, so that is refused.
-_IGNORED_KEYS = frozenset(
-    ["architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict", "tie_word_embeddings", "torch_dtype", "torchscript", "transformers_version", "use_cache"]
-)
+# What libraries write into every config.json, besides keys with a leading underscore. It says nothing about
+# the network; any other key might, so that is refused.
+_IGNORED_KEYS = {
+    *("architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder"),
+    *("label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict"),
+    *("tie_word_embeddings", "torch_dtype", "torchscript", "transformers_version", "use_cache"),
+}
 
 # Far above any real network, so that a hostile file is refused before it costs time or memory.
 _MAX_SIZE = 1 << 24
