@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief  # values come from files, and may be of any size
 from typing import Any
 
 from hywu_runtime.errors import CheckpointError
@@ -200,7 +201,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(_SUFFIX) or re.search(r"[/\\:\0]", name):
             raise CheckpointError(
-                f"{index}: the tensor {tensor!r} is said to be in {name!r}",
+                f"{index}: the tensor {tensor!r} is said to be in {brief(name)}",
                 f"the plain name of a {_SUFFIX} file in the same folder",
                 "do not use this checkpoint unless you trust its origin",
             )
@@ -237,9 +238,11 @@ def _location(path: Path, name: str, entry: Any, start: int) -> TensorLocation:
         raise damaged("has a header entry of another form", "dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise damaged(f"has the dtype {dtype!r}", f"one of {', '.join(DTYPE_BYTES)}")
+        raise damaged(f"has the dtype {brief(dtype)}", f"one of {', '.join(DTYPE_BYTES)}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise damaged(f"has the shape {shape!r} and the offsets {offsets!r}", "lists of sizes, two offsets")
+        raise damaged(
+            f"has the shape {brief(shape)} and the offsets {brief(offsets)}", "lists of sizes, two offsets"
+        )
     length = math.prod(shape) * DTYPE_BYTES[dtype]
     begin, end = offsets
     if end - begin != length:
@@ -248,7 +251,12 @@ def _location(path: Path, name: str, entry: Any, start: int) -> TensorLocation:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    """Whether this is a list of sizes that a tensor can have; their product then is quickly computed."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 64
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    )
 
 
 def _check_coverage(path: Path, tensors: Mapping[str, TensorLocation], start: int, size: int) -> None:

@@ -60,9 +60,9 @@ def meta_module(make: Callable[[Any], Module], config: Any) -> Module:
     try:
         with torch.device("meta"):
             return make(config)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # of torch, for a size or a number of elements beyond 64 bits
         raise CheckpointError(
-            f"the configuration implies a weight that cannot exist: {error}",
+            f"the configuration implies a weight that cannot exist: {str(error).splitlines()[0]}",
             "sizes of a real network",
             f"check {CONFIG_FILE}",
         ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ class TextImageConditionConfig:
     grid: int = 8
     patch: int = 2
 
+    def __post_init__(self) -> None:
+        remedy = "give sizes that belong together"
+        for name, size in asdict(self).items():
+            if type(size) is not int or not 0 < size <= _MAX_SIZE:
+                raise CheckpointError(f"{name} is {brief(size)}", f"an integer from 1 to {_MAX_SIZE}", remedy)
+        if self.grid % self.patch:
+            wrong = f"grid is {self.grid} and patch is {self.patch}"
+            raise CheckpointError(wrong, "grid to be a multiple of patch", remedy)
+
     @classmethod
     def from_file(cls, path: str | Path) -> TextImageConditionConfig:
         """Read ``config.json``; keys with a leading underscore are not sizes and are ignored.
@@ -51,24 +61,16 @@ class TextImageConditionConfig:
         """
         data = {key: value for key, value in read_json_object(path).items() if not key.startswith("_")}
         known = {field.name for field in fields(cls)}
-        remedy = "save the condition encoder again"
-        if data.keys() != known:
-            differing = ", ".join(sorted(data.keys() ^ known))
-            raise CheckpointError(
-                f"{path} lacks, or does not know: {differing}", ", ".join(sorted(known)), remedy
-            )
-        for name, size in data.items():
-            if type(size) is not int or not 0 < size <= _MAX_SIZE:
+        try:
+            if data.keys() != known:
                 raise CheckpointError(
-                    f"{path}: {name} is {size!r}", f"an integer from 1 to {_MAX_SIZE}", remedy
+                    f"missing or unknown: {', '.join(sorted(data.keys() ^ known))}",
+                    f"the keys {', '.join(sorted(known))}",
+                    "save the condition encoder again",
                 )
-        if data["grid"] % data["patch"]:
-            raise CheckpointError(
-                f"{path}: grid is {data['grid']} and patch is {data['patch']}",
-                "grid to be a multiple of patch",
-                remedy,
-            )
-        return cls(**data)
+            return cls(**data)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error.wrong}", error.expected, error.remedy) from error
 
 
 class TextImageConditionEncoder(nn.Module):

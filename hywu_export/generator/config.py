@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief  # values come from files, and may be of any size
 from typing import Any
 
 from hywu_runtime.errors import CheckpointError
@@ -13,10 +14,13 @@ from hywu_export.bundle.sources import read_json_object
 
 MODEL_TYPE = "parameter_generator"
 
-# Written into config.json by the libraries that save checkpoints; they say nothing about the network.
-_IGNORED_KEYS = frozenset(
-    {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
-)
+# What libraries write into every config.json, besides keys with a leading underscore. It says nothing about
+# the network; any other key might, so that is refused.
+_IGNORED_KEYS = {
+    *("architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder"),
+    *("label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict"),
+    *("tie_word_embeddings", "torch_dtype", "torchscript", "transformers_version", "use_cache"),
+}
 
 # Far above any real network, so that a hostile file is refused before it costs time or memory.
 _MAX_SIZE = 1 << 24
@@ -118,16 +122,17 @@ class _Reader:
 
     def config(self, data: Mapping[str, Any]) -> GeneratorConfig:
         if data.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-            raise self._error(f"model_type is {data['model_type']!r}", f"{MODEL_TYPE!r}")
-        fields = {key: value for key, value in data.items() if key not in _IGNORED_KEYS | {"model_type"}}
+            raise self._error(f"model_type is {brief(data['model_type'])}", f"{MODEL_TYPE!r}")
+        ignored = _IGNORED_KEYS | {"model_type"}
+        fields = {key: value for key, value in data.items() if key not in ignored and not key.startswith("_")}
         self._keys("the configuration", fields, set(GeneratorConfig.__dataclass_fields__))
         for name in fields.keys() - {"alpha", "prefix", "pg_mapping"}:
             self._positive_int(name, fields[name], _MAX_LAYERS if name.endswith("_layers") else _MAX_SIZE)
         alpha, prefix, mapping = fields["alpha"], fields["prefix"], fields["pg_mapping"]
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= _MAX_SIZE:
-            raise self._error(f"alpha is {alpha!r}", f"a positive number up to {_MAX_SIZE}")
-        if not isinstance(prefix, str):
-            raise self._error(f"prefix is {prefix!r}", "a string")
+            raise self._error(f"alpha is {brief(alpha)}", f"a positive number up to {_MAX_SIZE}")
+        if not isinstance(prefix, str) or not prefix.isprintable():
+            raise self._error(f"prefix is {brief(prefix)}", "the beginning of module names")
         config = GeneratorConfig(**{**fields, "pg_mapping": self._mapping(mapping)})
         self._relations(config)
         return config
@@ -172,7 +177,7 @@ class _Reader:
     def _grouped(self, where: str, entry: Mapping[str, Any]) -> GroupedTarget:
         if entry["type"] != "grouped":
             raise self._error(
-                f"{where}.type is {entry['type']!r}", "'grouped', or no type for a plain target"
+                f"{where}.type is {brief(entry['type'])}", "'grouped', or no type for a plain target"
             )
         self._keys(where, entry, {"type", "num_experts", "sub_weights"})
         experts = self._positive_int(f"{where}.num_experts", entry["num_experts"])
@@ -183,12 +188,12 @@ class _Reader:
 
     def _named_objects(self, where: str, data: Any) -> list[tuple[str, Mapping[str, Any]]]:
         if not isinstance(data, Mapping) or not data:
-            raise self._error(f"{where} is {data!r}", "an object with at least one entry")
+            raise self._error(f"{where} is {brief(data)}", "an object with at least one entry")
         for name, entry in data.items():
-            if not isinstance(name, str) or not name:
+            if not isinstance(name, str) or not name or not name.isprintable():
                 raise self._error(f"{where} has the name {name!r}", "module names")
             if not isinstance(entry, Mapping):
-                raise self._error(f"{where}[{name!r}] is {entry!r}", "an object")
+                raise self._error(f"{where}[{name!r}] is {brief(entry)}", "an object")
         return list(data.items())
 
     def _keys(self, where: str, data: Mapping[str, Any], expected: set[str]) -> None:
@@ -201,7 +206,7 @@ class _Reader:
 
     def _positive_int(self, where: str, value: Any, maximum: int = _MAX_SIZE) -> int:
         if type(value) is not int or not 0 < value <= maximum:
-            raise self._error(f"{where} is {value!r}", f"a positive integer up to {maximum}")
+            raise self._error(f"{where} is {brief(value)}", f"a positive integer up to {maximum}")
         return value
 
     def _error(self, wrong: str, expected: str) -> CheckpointError:

@@ -25,14 +25,14 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
-    """``w * x / sqrt(mean(x²) + 1e-6)`` over the last axis, the mean in float32."""
+    """``w * x / sqrt(mean(x²) + 1e-6)`` over the last axis, in float32 at least."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + _NORM_EPSILON)
         return (wide * scale).to(x.dtype) * self.weight
 
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         self.W_o = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, source: Tensor, rotary_q: Rotary, rotary_k: Rotary) -> Tensor:
-        """Queries from ``x`` ``[batch, length, dim]``, keys and values from ``source`` ``[batch, l, dim]``."""
+        """Queries from ``x`` ``[batch, n, dim]``, keys and values from ``source`` ``[batch, m, dim]``."""
         heads = (-1, self.head_dim)
         query = rotate(self.W_q(x).unflatten(-1, heads), rotary_q).transpose(1, 2)
         key = rotate(self.W_k(source).unflatten(-1, heads), rotary_k).transpose(1, 2)
