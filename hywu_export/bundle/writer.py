@@ -1,0 +1,364 @@
+"""The bundle writer: graphs, weights and files go in; a directory with a manifest comes out, or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from hywu_runtime.errors import BundleError, CheckpointError, UnsupportedError
+
+from hywu_export.bundle.staging import StagingDirectory
+from hywu_export.bundle.weights import (
+    CHUNK_BYTES,
+    NUMPY_DTYPES,
+    SAFETENSORS_DTYPES,
+    StoredTensor,
+    TensorLocation,
+    WeightsFile,
+    WeightSource,
+    header_digest,
+)
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from hywu_export.tracing.tracer import TracedGraph
+
+FORMAT = 1
+INLINE_BYTES = 64 * 2**10
+"""Constants up to this size stay in the .onnx; larger ones go to ``weights/constants.safetensors``."""
+CONSTANTS = "weights/constants.safetensors"
+LINKED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class _Source:
+    root: Path
+    name: str
+    licence: str | None
+    files: dict[str, dict[str, object]] = field(default_factory=dict)  # linked files: size and header_sha256
+
+
+@dataclass(frozen=True)
+class _Weights:
+    checkpoint: WeightSource
+    source: str | None
+    link: bool
+
+
+class BundleWriter:
+    """Writes a bundle (docs/bundle.md).
+
+    ::
+
+        with BundleWriter(path) as writer:
+            writer.add_source("base", root, name="timbrooks/instruct-pix2pix", licence="MIT")
+            writer.add_weights("unet", checkpoint, source="base", link=False)
+            writer.add_graph(traced)
+            writer.add_file("tokenizer/tokenizer.json", data)
+            writer.finish({"name": …, "axes": …, "program": …, …})
+
+    Everything is staged beside ``path`` and appears there when ``finish`` returns. A context that is left earlier
+    (error, interrupt) leaves nothing. Weights of all graphs that use a component share the file
+    ``weights/<component>.safetensors``, in the dtype of the graphs; they are streamed, so memory does not grow with
+    the checkpoint. Linked components stay where they are, in their own dtype.
+
+    Args:
+        path: the bundle's directory: new or empty, or with ``overwrite`` a bundle, replaced in one step.
+        validate: called with the complete manifest before anything becomes visible.
+
+    Raises:
+        BundleError: the path is taken or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        validate: Callable[[dict[str, object]], object] | None = None,
+    ):
+        self._validate = validate
+        self._graphs: dict[str, TracedGraph] = {}
+        self._weights: dict[str, _Weights] = {}
+        self._sources: dict[str, _Source] = {}
+        self._linked: dict[str, dict[str, object]] = {}
+        self._staging = StagingDirectory(Path(path).absolute(), overwrite)
+
+    def __enter__(self) -> BundleWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._staging.discard()
+
+    def add_source(self, source: str, root: str | Path, *, name: str, licence: str | None = None) -> None:
+        """Declares where weights come from; linked files are given relative to ``root``."""
+        self._sources[source] = _Source(Path(os.path.abspath(root)), name, licence)
+
+    def add_weights(
+        self, component: str, checkpoint: WeightSource, *, source: str | None = None, link: bool = False
+    ) -> None:
+        """Says where the parameters ``<component>.*`` are. ``link`` leaves them there, and needs ``source``."""
+        if component in self._weights:
+            raise BundleError(
+                f"Weights of component {component!r} are added twice", "A component has one checkpoint"
+            )
+        if link and source not in self._sources:
+            raise BundleError(
+                f"Component {component!r} is linked to source {source!r}, which is not declared",
+                "A linked checkpoint belongs to a source",
+                "Call add_source first",
+            )
+        self._weights[component] = _Weights(checkpoint, source, link)
+
+    def add_graph(self, traced: TracedGraph) -> None:
+        """Adds a graph as ``<name>.onnx``; its weights are looked up when the bundle is finished."""
+        if traced.name in self._graphs:
+            raise BundleError(f"Graph {traced.name!r} is added to the bundle twice", "Graph names are unique")
+        self._graphs[traced.name] = traced
+
+    def add_file(self, name: str, content: bytes | Path) -> None:
+        """Adds a file: bytes, or a copy of a file.
+
+        Raises:
+            BundleError: the name is not allowed or taken, or the file cannot be read or written.
+        """
+        self._staging.write(name, [content] if isinstance(content, bytes) else _file_chunks(content))
+
+    def finish(self, manifest: Mapping[str, object]) -> dict[str, object]:
+        """Writes weights, graphs and the manifest, and publishes the bundle.
+
+        ``manifest`` holds the sections that the writer cannot know. The writer adds ``format``, ``producer``,
+        ``files``, ``graphs``, ``linked``, the sources' entries, and empty sections where one is absent.
+
+        Returns:
+            The complete manifest.
+
+        Raises:
+            CheckpointError: a parameter is missing in its checkpoint, or has another shape.
+            BundleError: the disk is full, or the path was taken in the meantime.
+        """
+        files = self._lay_out_weights()
+        for file in files.values():
+            self._staging.write(file.name, file.chunks())
+        for traced in self._graphs.values():
+            self._staging.write(f"{traced.name}.onnx", [self._serialize(traced, files)])
+        complete = self._manifest(manifest)
+        if self._validate is not None:
+            self._validate(complete)
+        text = json.dumps(complete, indent=1, ensure_ascii=False) + "\n"
+        self._staging.write("manifest.json", [text.encode()])
+        self._staging.publish()
+        return complete
+
+    def _manifest(self, given: Mapping[str, object]) -> dict[str, object]:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            release = version("hywu-export")
+        except PackageNotFoundError:  # run from a source tree
+            release = "0"
+        graphs = {
+            name: {"file": f"{name}.onnx", **traced.signature()} for name, traced in self._graphs.items()
+        }
+        sources = {
+            key: {"name": source.name, "licence": source.licence, "files": source.files}
+            for key, source in self._sources.items()
+        }
+        return {
+            "format": FORMAT,
+            "name": self._staging.path.name,
+            "family": None,
+            "producer": {"name": "hywu-export", "version": release},
+            "axes": {},
+            "tensors": {},
+            "program": [],
+            "results": {},
+            "state": [],
+            "guidance": [],
+            "tokenizers": {},
+            "variants": {},
+            "engines": {},
+            "licences": [],
+            **given,
+            "graphs": graphs,
+            "sources": sources,
+            "linked": self._linked,
+            "files": dict(sorted(self._staging.files.items())),
+        }
+
+    def _lay_out_weights(self) -> dict[str, WeightsFile]:
+        """Weights file name → its layout, for every component that is copied and for large constants."""
+        tensors: dict[str, dict[str, StoredTensor]] = {}
+        for traced in self._graphs.values():
+            for initializer, value in traced.model.graph.initializers.items():
+                parameter = traced.initializers.get(initializer)
+                if parameter is None:
+                    constant = _large_constant(value)
+                    if constant is not None:
+                        tensors.setdefault(CONSTANTS, {})[constant.name] = constant
+                    continue
+                weights, name, location = self._locate(traced, parameter, value)
+                if weights.link:
+                    continue
+                component = _component(parameter)
+                file = tensors.setdefault(f"weights/{component}.safetensors", {})
+                stored = StoredTensor(name, _dtype_name(value), _static_shape(value), location)
+                if file.setdefault(name, stored).dtype != stored.dtype:
+                    raise UnsupportedError(
+                        f"Parameter {parameter!r} is used in two dtypes, {file[name].dtype} and {stored.dtype}",
+                        "All graphs of a bundle use a component in one dtype",
+                    )
+        return {name: WeightsFile.lay_out(name, group.values()) for name, group in sorted(tensors.items())}
+
+    def _locate(
+        self, traced: TracedGraph, parameter: str, value: ir.Value
+    ) -> tuple[_Weights, str, TensorLocation]:
+        """The weights of a parameter's component, the tensor's name in the checkpoint, and its place there."""
+        component = _component(parameter)
+        if component not in self._weights:
+            raise BundleError(
+                f"Graph {traced.name!r} uses component {component!r} (parameter {parameter!r}), which has no weights",
+                f"Weights were added for {', '.join(sorted(self._weights)) or 'no component'}",
+                "Call add_weights for the component",
+            )
+        weights = self._weights[component]
+        names = [
+            name.removeprefix(f"{component}.") for name in (parameter, *traced.aliases.get(parameter, ()))
+        ]
+        for name in names:
+            if name in weights.checkpoint:
+                location = weights.checkpoint[name]
+                break
+        else:
+            raise CheckpointError(
+                f"Checkpoint of component {component!r} has no tensor {names[0]!r}",
+                f"The graph {traced.name!r} needs it, with shape {list(_static_shape(value))}",
+                "Check that the configuration belongs to the weights",
+            )
+        if tuple(location.shape) != _static_shape(value):
+            raise CheckpointError(
+                f"Tensor {name!r} of component {component!r} has shape {list(location.shape)}",
+                f"The configuration asks for {list(_static_shape(value))}",
+                "Check that the configuration belongs to the weights",
+            )
+        if location.dtype not in NUMPY_DTYPES:
+            raise UnsupportedError(
+                f"Tensor {name!r} of component {component!r} is stored as {location.dtype}"
+            )
+        return weights, names[0], location
+
+    def _serialize(self, traced: TracedGraph, files: Mapping[str, WeightsFile]) -> bytes:
+        """The graph's bytes; its initializers point into weights files, or to where a link will be supplied."""
+        import onnx_ir as ir
+
+        from hywu_export.passes.weights import cast_weights
+
+        model = traced.model.clone()
+        graph = model.graph
+        graph_file = f"{traced.name}.onnx"
+        external: dict[str, tuple[str, int, int]] = {}  # initializer → file, offset, length
+        stored: dict[str, ir.DataType] = {}
+        for initializer, value in list(graph.initializers.items()):
+            parameter = traced.initializers.get(initializer)
+            if parameter is None:
+                constant = _large_constant(value)
+                if constant is not None:
+                    external[initializer] = (
+                        CONSTANTS,
+                        files[CONSTANTS].offsets[constant.name],
+                        constant.size,
+                    )
+                continue
+            weights, name, location = self._locate(traced, parameter, value)
+            if weights.link:
+                link = self._link(weights, parameter, location)
+                self._linked.setdefault(graph_file, {})[initializer] = link
+                stored[initializer] = ir.DataType.from_numpy(NUMPY_DTYPES[location.dtype])
+                # A place where nothing is: the runtime must supply the initializer, and a load without it fails.
+                place = f"linked/{link['source']}/{link['file']}"
+                external[initializer] = (place, location.offset, location.length)
+            else:
+                file = files[f"weights/{_component(parameter)}.safetensors"]
+                size = math.prod(_static_shape(value)) * NUMPY_DTYPES[_dtype_name(value)].itemsize
+                external[initializer] = (file.name, file.offsets[name], size)
+        cast_weights(model, stored)
+        for initializer, (place, offset, length) in external.items():
+            value = graph.initializers[initializer]
+            assert value.dtype is not None
+            value.const_value = ir.ExternalTensor(
+                place, offset, length, value.dtype, shape=ir.Shape(_static_shape(value)), name=initializer
+            )
+        return ir.to_proto(model).SerializeToString(deterministic=True)
+
+    def _link(self, weights: _Weights, parameter: str, location: TensorLocation) -> dict[str, object]:
+        assert weights.source is not None
+        source = self._sources[weights.source]
+        if location.dtype not in LINKED_DTYPES:
+            raise UnsupportedError(
+                f"Parameter {parameter!r} is stored as {location.dtype}",
+                f"Linked weights are {', '.join(LINKED_DTYPES.values())}",
+                "Export without --link-weights",
+            )
+        # Not resolved: a hub's cache is a tree of symbolic links, and its tree is what a source's root shows.
+        path = Path(os.path.abspath(location.file))
+        if not path.is_relative_to(source.root):
+            raise BundleError(
+                f"Checkpoint file {path} is outside its source's directory {source.root}",
+                "Linked files are found relative to the root of their source",
+                "Export without --link-weights, or copy the file there",
+            )
+        file = path.relative_to(source.root).as_posix()
+        if file not in source.files:
+            source.files[file] = header_digest(location.file)
+        return {
+            "source": weights.source,
+            "file": file,
+            "offset": location.offset,
+            "length": location.length,
+            "dtype": LINKED_DTYPES[location.dtype],
+            "shape": list(location.shape),
+        }
+
+
+def _component(parameter: str) -> str:
+    return parameter.split(".", 1)[0]
+
+
+def _static_shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(int(d) for d in value.shape.numpy())
+
+
+def _dtype_name(value: ir.Value) -> str:
+    assert value.dtype is not None
+    return SAFETENSORS_DTYPES[value.dtype.numpy()]
+
+
+def _large_constant(value: ir.Value) -> StoredTensor | None:
+    """A constant for the file of constants, named by its content, or None for one that stays in the graph."""
+    tensor = value.const_value
+    if tensor is None or tensor.nbytes <= INLINE_BYTES:
+        return None
+    data = tensor.tobytes()
+    dtype = SAFETENSORS_DTYPES[tensor.dtype.numpy()]
+    digest = hashlib.sha256(f"{dtype}{tensor.shape}".encode() + data).hexdigest()
+    return StoredTensor(digest[:32], dtype, tuple(tensor.shape.numpy()), data=data)
+
+
+def _file_chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise BundleError(f"File {path} cannot be read: {error.strerror or error}") from error

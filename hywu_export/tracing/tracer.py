@@ -1,0 +1,305 @@
+"""torch → ONNX for one graph."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import sympy
+import torch
+from hywu_runtime.errors import UnsupportedError
+from torch._dynamo.exc import UserError
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+
+from hywu_export.passes.cleaning import clean
+from hywu_export.passes.delta_axis import free_delta_axis
+from hywu_export.passes.naming import name_by_scope
+from hywu_export.tracing.fake import traceable
+from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec, resolve_axis
+
+OPSET = 20
+IR_VERSION = 10
+
+
+@dataclass
+class TracedGraph:
+    """A graph without its weights.
+
+    Attributes:
+        name: the graph's name in the bundle.
+        model: an onnx-ir model; the initializers listed in ``initializers`` have a type and a shape, and no value.
+        initializers: initializer name → parameter name (``<component>.<name in the checkpoint>``).
+        inputs, outputs: the declared signature, which the model has.
+        aliases: parameter name → the other names of the same tensor, where parameters are tied.
+    """
+
+    name: str
+    model: ir.Model
+    initializers: dict[str, str]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def signature(self) -> dict[str, object]:
+        """Inputs and outputs as the manifest writes them."""
+        return {
+            "inputs": [tensor.to_dict() for tensor in self.inputs],
+            "outputs": [tensor.to_dict() for tensor in self.outputs],
+        }
+
+
+def trace(spec: GraphSpec, axes: Mapping[str, Axis]) -> TracedGraph:
+    """Traces a module to ONNX (opset 20, IR 10, standard operators only).
+
+    Parameters may be real or without data (:func:`~hywu_export.tracing.fake.fake_module`): the graph is the same, to
+    the byte. Every axis named in a shape is free in the graph, and carries its name. An axis with ``one_or`` is traced
+    with size 1, where every operation broadcasts it, and freed afterwards: torch.export would tie it to the batch.
+
+    Raises:
+        UnsupportedError: the module fixes an axis that is declared free, returns other shapes or dtypes than
+            declared, or uses something that has no form in the allowed operators.
+    """
+    sizes = _Sizes(spec, axes)
+    arguments = tuple(torch.zeros(sizes.example(t), dtype=getattr(torch, t.dtype)) for t in spec.inputs)
+    with traceable(spec.module), torch.no_grad(), _quiet():
+        try:
+            program = torch.export.export(
+                spec.module, arguments, dynamic_shapes=sizes.dynamic_shapes(), strict=False
+            )
+        except (UserError, ConstraintViolationError, GuardOnDataDependentSymNode) as error:
+            raise UnsupportedError(
+                f"Graph {spec.name!r} cannot be traced with its axes free: {_first_lines(error)}",
+                f"The module must work for every size of {', '.join(sizes.named_axes())}",
+                "Correct the limits or the multiple of the axis, or the module's use of its size",
+            ) from error
+        symbols = _check_program(spec, sizes, program)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    if exported is None:
+        raise UnsupportedError(f"Graph {spec.name!r} has no ONNX form")
+    model = exported.model
+    model.ir_version = IR_VERSION
+    signature = program.graph_signature
+    parameters = {*signature.parameters, *(set(signature.buffers) - set(signature.non_persistent_buffers))}
+    _declare(model, spec, symbols)
+    clean(model, parameters)
+    if sizes.shared_axes:
+        free_delta_axis(model, sizes.shared_axes, spec.name)
+    name_by_scope(model, parameters)
+    return TracedGraph(
+        name=spec.name,
+        model=model,
+        initializers={name: name for name in model.graph.initializers if name in parameters},
+        inputs=tuple(spec.inputs),
+        outputs=tuple(spec.outputs),
+        aliases=_aliases(spec.module, set(model.graph.initializers)),
+    )
+
+
+class _Sizes:
+    """Sizes and torch dimensions of a graph's axes: each is a whole multiple of one unit per root axis."""
+
+    def __init__(self, spec: GraphSpec, axes: Mapping[str, Axis]):
+        self._spec = spec
+        self.shared_axes = tuple(
+            name for name in self.named_axes() if axes.get(name, Axis()).one_or is not None
+        )
+        self.factors: dict[str, int] = {}
+        self._roots: dict[str, str] = {}
+        for name in self.named_axes():
+            if name in self.shared_axes:
+                continue
+            root, divisor = resolve_axis(name, axes)
+            self._roots[name] = root
+            self.factors[name] = axes[root].multiple // divisor
+        self._dims: dict[str, Any] = {}
+        self._units: dict[str, int] = {}
+        for root in dict.fromkeys(self._roots.values()):
+            axis = axes[root]
+            low, high = math.ceil(axis.min / axis.multiple), axis.max // axis.multiple
+            if high <= max(low, 1):
+                raise UnsupportedError(
+                    f"Axis {root!r} ({axis.min} to {axis.max}, multiples of {axis.multiple}) has one size only",
+                    "A free axis has at least two",
+                    "Raise its maximum, or write the size into the shape",
+                )
+            self._dims[root] = Dim(f"unit_{root}", min=max(low, 1), max=high)
+            # Different sizes per axis, none of them 1: an equality by accident would not be noticed.
+            self._units[root] = min(max(low, 2) + len(self._units), high)
+        for name, size in spec.example_sizes.items():
+            if name in self._roots:
+                self._units[self._roots[name]] = size // self.factors[name]
+
+    def named_axes(self) -> list[str]:
+        dimensions = (d for t in (*self._spec.inputs, *self._spec.outputs) for d in t.shape)
+        return list(dict.fromkeys(d for d in dimensions if isinstance(d, str)))
+
+    def example(self, tensor: TensorSpec) -> tuple[int, ...]:
+        """Shape of a tensor at the traced sizes."""
+        return tuple(self._size(d) if isinstance(d, str) else d for d in tensor.shape)
+
+    def _size(self, name: str) -> int:
+        return 1 if name in self.shared_axes else self.factors[name] * self._units[self._roots[name]]
+
+    def dynamic_shapes(self) -> tuple[Any, ...] | dict[str, Any]:
+        """What ``torch.export.export`` takes; ``*args`` of a forward count as one argument, a tuple."""
+        per_input = tuple(
+            {
+                i: self._dim(d)
+                for i, d in enumerate(t.shape)
+                if isinstance(d, str) and d not in self.shared_axes
+            }
+            for t in self._spec.inputs
+        )
+        code = self._spec.module.forward.__code__  # type: ignore[union-attr]
+        named = code.co_argcount - 1  # without self
+        if len(per_input) <= named:
+            return per_input
+        return (*per_input[:named], per_input[named:])
+
+    def _dim(self, name: str) -> Any:
+        dim, factor = self._dims[self._roots[name]], self.factors[name]
+        return dim if factor == 1 else factor * dim
+
+    def unit_key(self, name: str) -> tuple[str, int]:
+        """Root and factor: two axes have the same size exactly if these are equal."""
+        return self._roots[name], self.factors[name]
+
+
+def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> dict[str, str]:
+    """Compares the exported signature with the declared one; returns torch's size expression → axis name."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    inputs = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    outputs = [
+        values[name] if isinstance(name, str) else name for name in program.graph_signature.user_outputs
+    ]
+    if len(outputs) != len(spec.outputs):
+        raise UnsupportedError(
+            f"Graph {spec.name!r} returns {len(outputs)} tensors", f"It declares {len(spec.outputs)} outputs"
+        )
+    units: dict[str, sympy.Expr] = {}  # root axis → its unit, in torch's symbols
+    names: dict[str, str] = {}
+    for tensor, value in zip(spec.inputs, inputs):
+        for declared, actual in zip(tensor.shape, value.shape):
+            if not isinstance(declared, str) or declared in sizes.shared_axes:
+                continue
+            if isinstance(actual, int):
+                raise _frozen(spec, tensor, declared, actual)
+            root, factor = sizes.unit_key(declared)
+            units.setdefault(root, actual.node.expr / factor)
+            names.setdefault(str(actual), declared)
+    for tensor, value in zip(spec.outputs, outputs):
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedError(
+                f"Output {tensor.name!r} of graph {spec.name!r} is {value!r}", "Outputs are tensors"
+            )
+        expected = [_expression(d, sizes, units) for d in tensor.shape]
+        actual = [d if isinstance(d, int) else d.node.expr for d in value.shape]
+        dtype = str(value.dtype).removeprefix("torch.")
+        if len(expected) != len(actual) or any(sympy.simplify(e - a) != 0 for e, a in zip(expected, actual)):
+            for declared, size in zip(tensor.shape, actual):
+                if isinstance(declared, str) and declared not in sizes.shared_axes and isinstance(size, int):
+                    raise _frozen(spec, tensor, declared, size)
+            raise UnsupportedError(
+                f"Output {tensor.name!r} of graph {spec.name!r} has shape {[str(d) for d in actual]}",
+                f"It is declared as {list(tensor.shape)}, that is {[str(d) for d in expected]}",
+                "Correct the declaration or the module",
+            )
+        if dtype != tensor.dtype:
+            raise UnsupportedError(
+                f"Output {tensor.name!r} of graph {spec.name!r} is {dtype}",
+                f"It is declared as {tensor.dtype}",
+            )
+    return names
+
+
+def _expression(dimension: int | str, sizes: _Sizes, units: Mapping[str, sympy.Expr]) -> Any:
+    if isinstance(dimension, int):
+        return dimension
+    if dimension in sizes.shared_axes:
+        return 1
+    root, factor = sizes.unit_key(dimension)
+    if root not in units:
+        raise UnsupportedError(
+            f"Axis {dimension!r} of an output comes from {root!r}, which no input has",
+            "The size of an output follows from the inputs",
+        )
+    return factor * units[root]
+
+
+def _frozen(spec: GraphSpec, tensor: TensorSpec, axis: str, size: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"Axis {axis!r} of tensor {tensor.name!r} in graph {spec.name!r} is frozen at {size}",
+        "A declared axis must stay free",
+        "Look for a size that the module turns into a number (chunk, int(), a Python loop over it)",
+    )
+
+
+def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> None:
+    """Gives the declared names to inputs, outputs and their axes, and torch's symbols elsewhere the axis' name."""
+    graph = model.graph
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [d if isinstance(d, int) else symbols.get(str(d), str(d)) for d in value.shape.dims]
+            )
+    # torch gives one value for two outputs that are equal, or that are an input: each output becomes a value of its own.
+    for index, output in enumerate(list(graph.outputs)):
+        seen = {id(value) for value in graph.outputs[:index]}
+        if id(output) in seen or output.is_graph_input() or output.is_initializer():
+            node = ir.node("Identity", [output])
+            node.outputs[0].type = output.type
+            graph.append(node)
+            graph.outputs[index] = node.outputs[0]
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        for value, tensor in zip(values, tensors):
+            value.name = tensor.name
+            value.shape = ir.Shape(list(tensor.shape))
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+
+
+def _aliases(module: torch.nn.Module, used: set[str]) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        name: tuple(other for other in group if other != name)
+        for group in names.values()
+        if len(group) > 1
+        for name in group
+        if name in used
+    }
+
+
+def _first_lines(error: Exception, limit: int = 400) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's notes (no torchvision, deprecations) off the terminal; its errors are exceptions."""
+    loggers: Sequence[logging.Logger] = [
+        logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")
+    ]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
