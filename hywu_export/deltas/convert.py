@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from hywu_export.bundle.sources import SafetensorsIndex, TensorLocation, read_json_object
-from hywu_runtime.errors import CheckpointError, DeltaError, UnsupportedError
 
+from hywu_export.bundle.sources import SafetensorsIndex, TensorLocation, read_json_object
 from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, nearest
+from hywu_runtime.errors import CheckpointError, DeltaError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import nn

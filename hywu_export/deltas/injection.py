@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hywu_runtime.errors import DeltaError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hywu_export.deltas.modules import resolve
 from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, nearest
+from hywu_runtime.errors import DeltaError
 
 
 def inject(module: nn.Module, spec: DeltaSpec) -> Injection:

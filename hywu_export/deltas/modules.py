@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hywu_runtime.errors import CheckpointError, UnsupportedError
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, nearest
+from hywu_runtime.errors import CheckpointError, UnsupportedError
 
 
 def refusal(module: nn.Module) -> str | None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hywu_runtime.errors import CheckpointError, DeltaError, HywuError, UnsupportedError
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hywu_export.deltas import DeltaSpec, DeltaTarget, inject, peft_to_deltas
+from hywu_runtime.errors import CheckpointError, DeltaError, HywuError, UnsupportedError
 
 
 class Net(nn.Module):

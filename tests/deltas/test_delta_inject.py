@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hywu_runtime.errors import CheckpointError, DeltaError, UnsupportedError
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hywu_export.deltas import DeltaSpec, DeltaTarget, inject
+from hywu_runtime.errors import CheckpointError, DeltaError, UnsupportedError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "inject_linear"
 

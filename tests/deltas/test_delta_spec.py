@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hywu_runtime.errors import CheckpointError, DeltaError, UnsupportedError
 from torch import nn
 
 from hywu_export.deltas import DeltaSpec, DeltaTarget, generator_paths
+from hywu_runtime.errors import CheckpointError, DeltaError, UnsupportedError
 
 LINEAR = DeltaTarget("a.to_q", "linear", 6, 4, 3)
 CONV = DeltaTarget("b.conv", "conv", 5, 7, 2, (3, 1))
