@@ -35,9 +35,10 @@ def writing(path: Path) -> Iterator[None]:
 class StagingDirectory:
     """Collects files in a hidden sibling of ``path`` and renames it to ``path`` at the end.
 
-    The sibling is on the same file system, and locked while its process lives: leftovers of killed processes are
-    recognised by the missing lock, and removed by the next export to the same path. Of two exports to one path at
-    the same time, the one that finishes last is refused (or replaces the other, with ``overwrite``).
+    The sibling is on the same file system, and locked while its process lives: leftovers of killed
+    processes are recognised by the missing lock, and removed by the next export to the same path. Of two
+    exports to one path at the same time, the one that finishes last is refused (or replaces the other, with
+    ``overwrite``).
 
     Raises:
         BundleError: ``path`` is taken and ``overwrite`` is false, is not a bundle, or cannot be written.

@@ -40,11 +40,12 @@ _RULES = (
 def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
     """Simplifies a model in place and returns it.
 
-    Functions are inlined; what depends on constants alone is computed; identities, casts, expansions and transposes
-    without effect go, as do common subexpressions and dead nodes; sequences become slices (TensorRT has none);
-    constants become initializers, equal ones become one.
+    Functions are inlined; what depends on constants alone is computed; identities, casts, expansions and
+    transposes without effect go, as do common subexpressions and dead nodes; sequences become slices
+    (TensorRT has none); constants become initializers, equal ones become one.
 
-    Initializers named in ``parameters`` lose their value: nothing is computed from them, and they keep their names.
+    Initializers named in ``parameters`` lose their value: nothing is computed from them, and they keep
+    their names.
     """
     graph = model.graph
     for name, value in graph.initializers.items():
@@ -75,7 +76,8 @@ def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
 
 
 def _merge_equal_constants(graph: ir.Graph) -> None:
-    """One initializer for all constants of the same dtype, shape and bytes; parameters (without value) stay."""
+    """One initializer for all constants of the same dtype, shape and bytes; parameters (without value)
+    stay."""
     first: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value

@@ -17,9 +17,9 @@ M = TypeVar("M", bound=nn.Module)
 def fake_module(factory: Callable[[], M], dtype: torch.dtype = torch.float32) -> M:
     """Builds a module in evaluation mode whose parameters have no data (they are on the ``meta`` device).
 
-    A parameter's value is in the checkpoint. A buffer is computed by the constructor (position ids, frequency
-    tables): it keeps its value, and one that is not persistent becomes a constant of the graph. Each parameter's
-    memory lives only while the constructor makes it, so the peak is one tensor.
+    A parameter's value is in the checkpoint. A buffer is computed by the constructor (position ids,
+    frequency tables): it keeps its value, and one that is not persistent becomes a constant of the graph.
+    Each parameter's memory lives only while the constructor makes it, so the peak is one tensor.
 
     ``factory`` makes the module from its configuration; ``dtype`` is that of its floating-point parameters.
     """
@@ -35,7 +35,8 @@ def fake_module(factory: Callable[[], M], dtype: torch.dtype = torch.float32) ->
 
 @contextmanager
 def traceable(module: nn.Module) -> Iterator[None]:
-    """Within the context, parameters without data are fake tensors on the CPU, which torch.export can trace."""
+    """Within the context, parameters without data are fake tensors on the CPU, which torch.export can
+    trace."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes: dict[int, nn.Parameter] = {}
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
