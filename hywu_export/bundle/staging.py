@@ -126,7 +126,7 @@ class StagingDirectory:
             or "\\" in name
             or ":" in name
             or "\0" in name
-            or {"", ".."} & set(parts)
+            or {"", ".", ".."} & set(parts)
         ):
             raise BundleError(
                 f"{name!r} is no name for a file of a bundle",

@@ -259,8 +259,7 @@ class BundleWriter:
         return weights, names[0], location
 
     def _serialize(self, traced: TracedGraph, files: Mapping[str, WeightsFile]) -> bytes:
-        """The graph's bytes; its initializers point into weights files, or to where a link will be
-        supplied."""
+        """The graph's bytes; its initializers point into weights files, or are links."""
         import onnx_ir as ir
 
         from hywu_export.passes.weights import cast_weights
@@ -296,9 +295,10 @@ class BundleWriter:
         cast_weights(model, stored)
         for initializer, (place, offset, length) in external.items():
             value = graph.initializers[initializer]
-            assert value.dtype is not None
+            tensor = value.const_value if value.const_value is not None else value
+            assert tensor.dtype is not None
             value.const_value = ir.ExternalTensor(
-                place, offset, length, value.dtype, shape=ir.Shape(_static_shape(value)), name=initializer
+                place, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=initializer
             )
         return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 

@@ -68,11 +68,25 @@ def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
             break
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _merge_equal_constants(graph)
+    _measure_after_cast(graph)
     CommonSubexpressionEliminationPass()(model)
     IdentityEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     RemoveUnusedOpsetsPass()(model)
     return model
+
+
+def _measure_after_cast(graph: ir.Graph) -> None:
+    """Takes the size of a uint8 input from its Cast: TensorRT allows nothing but the Cast beside it."""
+    for value in graph.inputs:
+        casts = [node for node in value.consumers() if node.op_type == "Cast"]
+        if value.dtype != ir.DataType.UINT8 or not casts:
+            continue
+        graph.remove(casts[0])
+        graph.insert_before(graph[0], casts[0])
+        for node in value.consumers():
+            if node.op_type == "Shape":
+                node.replace_input_with(0, casts[0].outputs[0])
 
 
 def _merge_equal_constants(graph: ir.Graph) -> None:

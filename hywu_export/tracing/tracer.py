@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import sympy
 import torch
@@ -94,6 +95,7 @@ def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
     if sizes.shared_axes:
         free_delta_axis(model, sizes.shared_axes, spec.name)
     name_by_scope(model, parameters)
+    _sign(model.graph, spec)  # passes may have merged the shape of an output with what they inferred
     used = [name for name in model.graph.initializers if name in parameters]
     return TracedGraph(
         name=spec.name,
@@ -260,10 +262,16 @@ def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> No
             node.outputs[0].type = output.type
             graph.append(node)
             graph.outputs[index] = node.outputs[0]
+    _sign(graph, spec)
+
+
+def _sign(graph: ir.Graph, spec: GraphSpec) -> None:
+    """Writes the signature, which :func:`_check_program` found to be true, onto inputs and outputs."""
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         for value, tensor in zip(values, tensors):
             value.name = tensor.name
             value.shape = ir.Shape(list(tensor.shape))
+            value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(tensor.dtype)))
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -111,7 +111,9 @@ class Case:
             if spec.dtype == "float32":
                 made.append(torch.randn(shape, generator=generator))
             else:
-                made.append(torch.randint(0, 90, shape, generator=generator, dtype=getattr(torch, spec.dtype)))
+                made.append(
+                    torch.randint(0, 90, shape, generator=generator, dtype=getattr(torch, spec.dtype))
+                )
         return tuple(made)
 
 
@@ -154,7 +156,14 @@ def _unet() -> nn.Module:
 
 def _areas(*areas: tuple[int, int, int]) -> tuple[dict[str, int], ...]:
     return tuple(
-        {"batch": b, "height": h, "width": w, "latent_height": h // 2, "latent_width": w // 2, "length": 7 * b}
+        {
+            "batch": b,
+            "height": h,
+            "width": w,
+            "latent_height": h // 2,
+            "latent_width": w // 2,
+            "length": 7 * b,
+        }
         for b, h, w in areas
     )
 
@@ -204,7 +213,10 @@ CASES = {
             TensorSpec("conv.lora_A", "float32", ("delta_batch", 2, 6, 1, 1)),
             TensorSpec("conv.lora_B", "float32", ("delta_batch", 4, 2)),
         ),
-        (TensorSpec("y", "float32", ("batch", 6, "length")), TensorSpec("z", "float32", ("batch", 4, "length"))),
+        (
+            TensorSpec("y", "float32", ("batch", 6, "length")),
+            TensorSpec("z", "float32", ("batch", 4, "length")),
+        ),
         tuple({"batch": b, "delta_batch": d, "length": n} for b, d, n in ((1, 1, 1), (3, 1, 4), (3, 3, 9))),
     ),
 }
