@@ -154,7 +154,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "sharpen",
-        lambda x: x + 2.5 * (x - gaussian_blur(x, 2.0)),
+        lambda x: x + 3.0 * (x - gaussian_blur(x, 4.0)),
         (
             "sharpen the photo",
             "make it very sharp",

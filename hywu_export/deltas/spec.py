@@ -1,0 +1,233 @@
+"""Which modules of a base model take deltas, and the names and shapes of those deltas. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from hywu_runtime.errors import CheckpointError, DeltaError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Kind = Literal["linear", "conv"]
+
+
+@runtime_checkable
+class _Sizes(Protocol):
+    """One plain entry of a generator's mapping."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+
+class GeneratorTargets(Protocol):
+    """What is asked of a generator's configuration; ``pg_mapping`` holds `_Sizes`, and groups that are refused."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def prefix(self) -> str: ...
+
+    @property
+    def num_base_model_layers(self) -> int: ...
+
+    @property
+    def pg_mapping(self) -> Mapping[str, object]: ...
+
+
+@dataclass(frozen=True)
+class DeltaTarget:
+    """One module that takes a delta of ``rank``: a linear layer or a two-dimensional convolution.
+
+    ``module`` is its path in the base model. Features and kernel (height, width) are those of the base's weight.
+    Raises `DeltaError` for sizes that cannot be.
+    """
+
+    module: str
+    kind: Kind
+    in_features: int
+    out_features: int
+    rank: int
+    kernel: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "conv"):
+            raise DeltaError(
+                f"Delta target {self.module!r} has kind {self.kind!r}", "A target is 'linear' or 'conv'"
+            )
+        sizes = (self.in_features, self.out_features, self.rank, *self.kernel)
+        if min(sizes) < 1 or (self.kind == "linear" and self.kernel != (1, 1)):
+            raise DeltaError(
+                f"Delta target {self.module!r} has in {self.in_features}, out {self.out_features}, rank {self.rank}, "
+                f"kernel {self.kernel}",
+                "Every size is at least 1, and only convolutions have a kernel",
+            )
+
+    @property
+    def a_name(self) -> str:
+        return f"{self.module}.lora_A"
+
+    @property
+    def b_name(self) -> str:
+        return f"{self.module}.lora_B"
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of A and B by name, without the leading delta-batch axis."""
+        kernel = self.kernel if self.kind == "conv" else ()
+        return {
+            self.a_name: (self.rank, self.in_features, *kernel),
+            self.b_name: (self.out_features, self.rank),
+        }
+
+
+@dataclass(frozen=True)
+class DeltaSpec:
+    """The targets of one base model, in a fixed order. Raises `DeltaError` if a module appears twice."""
+
+    targets: tuple[DeltaTarget, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for target in self.targets:
+            if target.module in seen:
+                raise DeltaError(
+                    f"Module {target.module!r} is a delta target twice", "A module has one delta"
+                )
+            seen.add(target.module)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any target; 0 without targets."""
+        return max((target.rank for target in self.targets), default=0)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all delta tensors by canonical name, in target order, without the leading delta-batch axis."""
+        return {name: shape for target in self.targets for name, shape in target.tensors().items()}
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The ``deltas`` section of a bundle's manifest."""
+        targets = []
+        for target in self.targets:
+            entry: dict[str, Any] = {
+                "module": target.module,
+                "kind": target.kind,
+                "in": target.in_features,
+                "out": target.out_features,
+                "rank": target.rank,
+            }
+            if target.kind == "conv":
+                entry["kernel"] = list(target.kernel)
+            targets.append(entry)
+        return {"rank": self.rank, "gate": "gate", "axis": "delta_batch", "targets": targets}
+
+    @classmethod
+    def from_generator(
+        cls, config: GeneratorTargets, targets: str | Path | Mapping[str, str] | None, module: nn.Module
+    ) -> DeltaSpec:
+        """The targets of a parameter generator in the base ``module``, layer by layer in the generator's order.
+
+        ``targets`` is described at `generator_paths`. A convolution is mapped if the generator's input size is that of
+        its flattened kernel, ``in * kh * kw``; A is then viewed as ``[r, in, kh, kw]``.
+
+        Raises `UnsupportedError` for expert weights and for modules that take no deltas, and `CheckpointError` for names that
+        do not map one to one, and modules that are missing in ``module`` or have other dimensions.
+        """
+        from hywu_export.deltas.modules import find, mismatch
+
+        paths = generator_paths(config, targets)
+        chosen = []
+        for key, sizes in _generator_sizes(config).items():
+            target = find(module, paths[key], config.rank)
+            kh, kw = target.kernel
+            if (target.in_features * kh * kw, target.out_features) != (sizes.in_features, sizes.out_features):
+                made = f"the generator makes deltas for {sizes.in_features} -> {sizes.out_features}"
+                raise mismatch(target, f"{made} under the name {key!r}")
+            chosen.append(target)
+        return cls(tuple(chosen))
+
+    @classmethod
+    def from_manifest(cls, section: Mapping[str, Any]) -> DeltaSpec:
+        """The inverse of `to_manifest`, for a section that the manifest's reader has validated."""
+        return cls(
+            tuple(
+                DeltaTarget(
+                    entry["module"],
+                    entry["kind"],
+                    entry["in"],
+                    entry["out"],
+                    entry["rank"],
+                    tuple(entry.get("kernel", (1, 1))),
+                )
+                for entry in section["targets"]
+            )
+        )
+
+
+def generator_paths(
+    config: GeneratorTargets, targets: str | Path | Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Generator name (``<prefix><layer>.<entry>``) to module path of the base, in the generator's order.
+
+    ``targets`` is that mapping, or the path of a ``targets.json`` that holds it as one flat object; None means that
+    generator and base use the same names.
+
+    Raises `CheckpointError` if a name is unknown, unmapped, or two names map to one module, and `UnsupportedError` for the expert
+    weights of a mixture.
+    """
+    names = list(_generator_sizes(config))
+    if targets is None:
+        return {name: name for name in names}
+    source = "The mapping of targets" if isinstance(targets, Mapping) else str(targets)
+    if not isinstance(targets, Mapping):
+        from hywu_export.bundle.sources import read_json_object
+
+        targets = read_json_object(targets)
+    paths: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for name, path in targets.items():
+        if not isinstance(path, str):
+            raise CheckpointError(f"{source} maps {name!r} to {path!r}", "Expected the path of a module")
+        if name not in names:
+            raise CheckpointError(f"{source} maps {name!r}, which the generator does not make", "", nearest(name, names))
+        if path in owners:
+            raise CheckpointError(
+                f"{source} maps both {owners[path]!r} and {name!r} to {path!r}", "A module takes one delta"
+            )
+        owners[path] = name
+        paths[name] = path
+    for name in names:
+        if name not in paths:
+            raise CheckpointError(
+                f"{source} does not map {name!r}", "Every name that the generator makes has a module", "Add it"
+            )
+    return {name: paths[name] for name in names}
+
+
+def _generator_sizes(config: GeneratorTargets) -> dict[str, _Sizes]:
+    plain: dict[str, _Sizes] = {}
+    for entry, sizes in config.pg_mapping.items():
+        if not isinstance(sizes, _Sizes):
+            raise UnsupportedError(
+                f"The generator makes deltas for the expert weights {entry!r}",
+                "This version injects into Linear and Conv2d only",
+                "Use a generator whose pg_mapping has no groups",
+            )
+        plain[entry] = sizes
+    layers = range(config.num_base_model_layers)
+    return {f"{config.prefix}{layer}.{entry}": sizes for layer in layers for entry, sizes in plain.items()}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence with the names that ``name`` may have meant."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:3]
+    return f"The nearest names are {', '.join(map(repr, close))}" if close else "There are no names to choose from"

@@ -1,0 +1,290 @@
+"""From checkpoints to a bundle: the whole job of ``hywu export``."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hywu_runtime.errors import CheckpointError, InputError
+from hywu_runtime.manifest import Licence, Manifest, Results, Sampler, Schedules, Tokenizer
+
+if TYPE_CHECKING:
+    from hywu_export.bundle.writer import BundleWriter
+    from hywu_export.deltas import DeltaSpec
+    from hywu_export.families.base import Family, Plan
+    from hywu_export.families.generator import GeneratorPart
+    from hywu_export.schedules import ScheduleTable
+
+log = logging.getLogger(__name__)
+
+DEFAULT_STEPS = 20
+SCHEDULE_FILE = "schedule.safetensors"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What may be chosen about an export; None is the checkpoint's or the family's own choice.
+
+    Attributes:
+        targets: module patterns that take deltas, for a base without a generator.
+        lora: a PEFT adapter whose targets and ranks the bundle takes, instead of ``targets``.
+        max_rank: rank of those deltas.
+        samplers: names of samplers; the first is the default.
+        max_steps: largest step count in the schedule.
+        steps, guidance: defaults of an edit.
+        max_batch, max_size, size: limits, and the side in pixels of the default working area.
+        link_weights: leave the weights in the checkpoints.
+        overwrite: replace an existing bundle.
+    """
+
+    targets: Sequence[str] = ()
+    lora: Path | None = None
+    max_rank: int = 16
+    samplers: Sequence[str] = ()
+    max_steps: int = 100
+    steps: int | None = None
+    guidance: Mapping[str, float] = field(default_factory=dict)
+    max_batch: int = 8
+    max_size: int | None = None
+    size: int | None = None
+    link_weights: bool = False
+    overwrite: bool = False
+
+
+def export(
+    out: str | Path,
+    base: str | Path | None = None,
+    generator: str | Path | None = None,
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the bundle ``out`` from a diffusers pipeline folder, a generator folder, or both.
+
+    ``progress(what, done, total)`` is called before each stage.
+
+    Raises:
+        CheckpointError, UnsupportedError, InputError: what was given cannot be exported.
+        BundleError: the bundle cannot be written. Nothing is left behind in any case.
+    """
+    from hywu_export.bundle.writer import BundleWriter
+
+    options = options or ExportOptions()
+    if base is None and generator is None:
+        raise InputError("There is nothing to export", "A base, a generator, or both", "Give --base or --generator")
+    job = _Job(
+        None if base is None else Path(base), None if generator is None else Path(generator), options
+    )
+    total = len(job.plan.graphs) + 2
+    tell = progress or (lambda what, done, total: None)
+    with BundleWriter(out, overwrite=options.overwrite, validate=Manifest.from_dict) as writer:
+        for done, graph in enumerate(job.plan.graphs):
+            tell(f"tracing {graph.name}", done, total)
+            job.add_graph(writer, graph)
+        tell("schedules and tokenizer", total - 2, total)
+        sections = job.sections(writer)
+        tell("weights", total - 1, total)
+        manifest = Manifest.from_dict(writer.finish(sections))
+        tell("done", total, total)
+    return manifest
+
+
+class _Job:
+    """One export: everything is opened and checked here, before anything is written."""
+
+    def __init__(self, base: Path | None, generator: Path | None, options: ExportOptions):
+        from hywu_export.families import open_base
+        from hywu_export.families.base import Limits
+        from hywu_export.families.generator import GeneratorPart
+
+        self.options = options
+        self.folders = {"base": base, "generator": generator}
+        self.generator = None if generator is None else GeneratorPart(generator)
+        self.family = None if base is None else open_base(base)
+        self.spec: DeltaSpec | None = None
+        self.tables: dict[str, ScheduleTable] = {}
+        if self.family is None:
+            assert self.generator is not None
+            self.plan = self.generator.plan(None, None)
+            self.plan.axes["batch"] = _batch_axis(options.max_batch)
+            return
+        self.spec = _delta_spec(self.family, self.generator, options)
+        self.tables = _schedules(self.family, options)
+        columns = next(iter(self.tables.values())).coefficients.shape[1]
+        area = None if options.size is None else options.size**2
+        limits = Limits(options.max_batch, options.max_size, area)
+        base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
+        self.plan = self.family.plan(self.spec, limits, base_prompt, columns)
+        if self.generator is not None:
+            _join(self.plan, self.generator.plan(self.spec, self.family.condition_source))
+
+    def add_graph(self, writer: BundleWriter, graph: Any) -> None:
+        from hywu_export.passes import check
+        from hywu_export.tracing import trace
+
+        traced = trace(graph, self.plan.axes)
+        check(traced, self.plan.axes)
+        writer.add_graph(traced)
+
+    def sections(self, writer: BundleWriter) -> dict[str, object]:
+        """Add weights and files to the writer; return the sections of the manifest that it cannot know."""
+        from hywu_runtime.codec import encode
+
+        plan, options = self.plan, self.options
+        licences = [
+            _add_source(writer, source, folder) for source, folder in self.folders.items() if folder is not None
+        ]
+        if self.family is not None:
+            for component in self.family.components.values():
+                writer.add_weights(
+                    component.name, component.tensors, source="base", link=options.link_weights
+                )
+        if self.generator is not None:
+            for name, index in self.generator.weights.items():
+                writer.add_weights(name, index, source="generator", link=options.link_weights)
+        sections: dict[str, object] = {
+            "family": None if self.family is None else self.family.pipeline_class,
+            "axes": {name: axis.to_dict() for name, axis in plan.axes.items()},
+            "tensors": encode(plan.tensors),
+            "program": encode(plan.program),
+            "results": encode(Results(plan.result, self._delta_results())),
+            "state": encode(plan.state),
+            "guidance": encode(self._guidance()),
+            "licences": encode(licences),
+        }
+        if plan.image is not None:
+            sections["image"] = encode(plan.image)
+        if self.spec is not None:
+            sections["deltas"] = self.spec.to_manifest()
+        if plan.tokenizer is not None:
+            sections["tokenizers"] = {"main": encode(_add_tokenizer(writer, plan))}
+        if self.tables:
+            sections["schedules"] = encode(self._add_schedules(writer))
+        return sections
+
+    def _delta_results(self) -> tuple[str, ...]:
+        if self.generator is None:
+            return ()
+        made = next(graph for graph in self.plan.graphs if graph.name == "generator")
+        return tuple(output.name for output in made.outputs)
+
+    def _guidance(self) -> list[Any]:
+        defaults = dict((self.generator and self.generator.defaults.guidance) or {}) | dict(self.options.guidance)
+        known = {scale.name for scale in self.plan.guidance}
+        for name in self.options.guidance:
+            if name not in known:
+                raise InputError(
+                    f"There is no guidance called {name!r} here", f"One of {', '.join(sorted(known)) or 'none'}"
+                )
+        return [replace(scale, default=defaults.get(scale.name, scale.default)) for scale in self.plan.guidance]
+
+    def _add_schedules(self, writer: BundleWriter) -> Schedules:
+        from hywu_export.schedules import write_schedules
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_schedules(Path(folder) / SCHEDULE_FILE, self.tables)
+            writer.add_file(SCHEDULE_FILE, Path(folder) / SCHEDULE_FILE)
+        default = next(iter(self.tables))
+        steps = self.options.steps or (self.generator and self.generator.defaults.steps) or DEFAULT_STEPS
+        low, high = self.tables[default].step_range()
+        samplers = {
+            name: Sampler(table.class_name, table.step_range(), table.stochastic)
+            for name, table in self.tables.items()
+        }
+        return Schedules(SCHEDULE_FILE, default, min(max(steps, low), high), samplers)
+
+
+def _batch_axis(maximum: int) -> Any:
+    from hywu_export.tracing import Axis
+
+    return Axis(1, maximum)
+
+
+def _delta_spec(family: Family, generator: GeneratorPart | None, options: ExportOptions) -> DeltaSpec:
+    from hywu_export.deltas import DeltaSpec
+
+    denoiser = family.components[family.denoiser].module
+    if generator is not None:
+        if options.targets or options.lora:
+            raise InputError(
+                "Targets were given beside a generator",
+                "The generator's own targets are the bundle's",
+                "Leave out --targets and --lora, or the generator",
+            )
+        return generator.spec(denoiser)
+    if options.lora is not None:
+        return DeltaSpec.from_peft(options.lora, denoiser)
+    return DeltaSpec.from_patterns(denoiser, options.targets or family.default_targets, options.max_rank)
+
+
+def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTable]:
+    from hywu_export.schedules import make_scheduler, sampler_name, trace_scheduler
+
+    own, config = family.scheduler
+    tables: dict[str, ScheduleTable] = {}
+    for sampler in options.samplers or (own,):
+        scheduler = make_scheduler(sampler, config)
+        tables[sampler_name(scheduler)] = trace_scheduler(scheduler, options.max_steps)
+    history = max(table.history for table in tables.values())
+    return {name: table.widen(history) for name, table in tables.items()}
+
+
+def _join(plan: Plan, made: Plan) -> None:
+    """Put the generator's graphs and calls right after what they read, in the base's plan."""
+    after = max(
+        (plan.producer_index(tensor.name) for graph in made.graphs[:1] for tensor in graph.inputs
+         if tensor.name not in made.tensors),
+        default=0,
+    )
+    plan.program[after:after] = made.program
+    plan.graphs.extend(made.graphs)
+    plan.axes.update(made.axes)
+    plan.tensors.update(made.tensors)
+
+
+def _add_tokenizer(writer: BundleWriter, plan: Plan) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    assert plan.tokenizer is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer, local_files_only=True)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:  # whatever transformers raises for a damaged folder
+        raise CheckpointError(
+            f"The tokenizer in {plan.tokenizer} cannot be loaded ({error})",
+            "vocab.json and merges.txt, or tokenizer.json",
+            "Fetch the checkpoint whole",
+        ) from error
+    backend.no_truncation()
+    backend.no_padding()
+    writer.add_file("tokenizer/tokenizer.json", backend.to_str().encode())
+    lengths = {t.shape[1] for t in plan.tensors.values() if t.source == "text"}
+    (length,) = lengths
+    assert isinstance(length, int)
+    return Tokenizer("tokenizer/tokenizer.json", length, int(tokenizer.pad_token_id))
+
+
+_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "license.txt", "NOTICE")
+
+
+def _add_source(writer: BundleWriter, source: str, folder: Path) -> Licence:
+    """Declare a source and carry its licence: the name from the model card, the text from its file."""
+    licence = None
+    card = folder / "README.md"
+    if card.exists():
+        header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        named = header and re.search(r"^license:\s*([\w.+-]+)\s*$", header.group(1), re.MULTILINE)
+        licence = named.group(1) if named else None
+    writer.add_source(source, folder, name=folder.resolve().name, licence=licence)
+    text = next((folder / name for name in _LICENCE_FILES if (folder / name).is_file()), None)
+    if text is None:
+        return Licence(source, licence)
+    target = f"licences/{source}-{text.name}"
+    writer.add_file(target, text)
+    return Licence(source, licence, target)

@@ -1,0 +1,94 @@
+"""What a family gives the exporter: components, and a plan of graphs and of the program that wires them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hywu_export.deltas.spec import DeltaSpec
+from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec
+from hywu_runtime.manifest import Call, Guidance, ImagePolicy, ProvidedTensor, State
+
+if TYPE_CHECKING:
+    from hywu_export.families.components import Component
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the axes. ``max_size`` is the longest side in pixels; ``area`` the default working size in pixels."""
+
+    max_batch: int = 8
+    max_size: int | None = None
+    area: int | None = None
+
+
+@dataclass
+class Plan:
+    """A part of a bundle before tracing; parts are merged with `add`.
+
+    Attributes:
+        graphs: what to trace.
+        axes: the axes that the graphs' shapes name.
+        tensors: tensors that the runtime provides.
+        program: calls in order.
+        state, guidance, image: as in the manifest.
+        result: the tensor that holds the edited image, if any.
+        tokenizer: the folder of the tokenizer that text tensors use, if any.
+    """
+
+    graphs: list[GraphSpec] = field(default_factory=list)
+    axes: dict[str, Axis] = field(default_factory=dict)
+    tensors: dict[str, ProvidedTensor] = field(default_factory=dict)
+    program: list[Call] = field(default_factory=list)
+    state: list[State] = field(default_factory=list)
+    guidance: list[Guidance] = field(default_factory=list)
+    image: ImagePolicy | None = None
+    result: str | None = None
+    tokenizer: Path | None = None
+
+    def producer_index(self, tensor: str) -> int:
+        """The place in the program right after the call that makes ``tensor``."""
+        for index, call in enumerate(self.program):
+            graph = next(graph for graph in self.graphs if graph.name == call.graph)
+            if tensor in (call.outputs.get(output.name, output.name) for output in graph.outputs):
+                return index + 1
+        raise KeyError(tensor)
+
+
+@dataclass(frozen=True)
+class ConditionSource:
+    """What a base offers to a condition encoder: hidden states of the instruction, and latents of the photo."""
+
+    text: TensorSpec
+    latents: TensorSpec
+
+
+class Family(Protocol):
+    """One base pipeline, opened from its folder. Construction checks everything that can be checked without weights."""
+
+    pipeline_class: str
+    denoiser: str  # the component that deltas act on
+    default_targets: tuple[str, ...]
+
+    def __init__(self, folder: Path): ...
+
+    @property
+    def components(self) -> Mapping[str, Component]: ...
+
+    @property
+    def scheduler(self) -> tuple[str, Mapping[str, Any]]:
+        """Class name and configuration of the pipeline's scheduler."""
+        ...
+
+    @property
+    def condition_source(self) -> ConditionSource: ...
+
+    def plan(self, spec: DeltaSpec, limits: Limits, base_prompt: str | None, coefficients: int) -> Plan:
+        """Graphs and program of the base with the deltas of ``spec`` as inputs.
+
+        ``base_prompt`` is what the base is told instead of the instruction, if the generator was trained that way.
+        ``coefficients`` is the length of a row of the schedule.
+        """
+        ...

@@ -1,0 +1,129 @@
+"""Components of a diffusers pipeline folder: modules made from their configs, and where their weights lie.
+
+Nothing is loaded here. A module is built by a factory (with fake or with real parameters, as the caller chooses), and
+each of its parameters is matched with a tensor of the checkpoint by name and shape, from the file's header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hywu_export.bundle.sources import SafetensorsIndex, TensorLocation, read_json_object
+from hywu_runtime.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Component:
+    """A module and, for each of its parameters and persistent buffers, the tensor of the checkpoint."""
+
+    name: str
+    module: nn.Module
+    tensors: Mapping[str, TensorLocation]
+    index: SafetensorsIndex
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a pipeline's file ``path``.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path.name} is missing from {path.parent}",
+            "A diffusers pipeline folder holds model_index.json and one folder for each component",
+            "Give the folder that save_pretrained wrote, or fetch the checkpoint whole",
+        )
+    return read_json_object(path)
+
+
+def pipeline_class(base: Path) -> str:
+    """The class name in ``model_index.json``."""
+    name = read_config(base / "model_index.json").get("_class_name")
+    if not isinstance(name, str):
+        raise CheckpointError(
+            f"{base / 'model_index.json'} names no pipeline class",
+            "The key _class_name holds it in every diffusers pipeline",
+            "Save the pipeline again with save_pretrained",
+        )
+    return name
+
+
+# Attention blocks of early diffusers VAEs (the public InstructPix2Pix checkpoint among them).
+_OLD_ATTENTION = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+def _spellings(name: str) -> list[str]:
+    """Names under which a checkpoint may hold the parameter ``name``, today's first."""
+    names = [name, f"text_model.{name}", name.removeprefix("text_model.")]
+    for new, old in _OLD_ATTENTION.items():
+        if new in name:
+            names.append(name.replace(new, old))
+    return names
+
+
+# Written by old library versions; computed, not learnt.
+_COMPUTED = ("position_ids", "inv_freq")
+
+
+def open_component(name: str, folder: Path, make: Callable[[dict[str, Any]], nn.Module]) -> Component:
+    """Build the component in ``folder`` with ``make(config)`` and find its weights.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra or mis-shaped, or a file is damaged.
+        UnsupportedError: the weights exist only as a pickle.
+    """
+    module = make(read_config(folder / "config.json"))
+    index = _open_index(folder)
+    found: dict[str, TensorLocation] = {}
+    used: set[str] = set()
+    for parameter, value in module.state_dict().items():
+        key = next((key for key in _spellings(parameter) if key in index), None)
+        if key is None:
+            raise CheckpointError(
+                f"The {name}'s checkpoint in {folder} lacks {parameter!r}",
+                f"Its config.json asks for it with shape {list(value.shape)}",
+                "Check that config and weights belong together",
+            )
+        if index[key].shape != tuple(value.shape):
+            raise CheckpointError(
+                f"{key!r} in {folder} has shape {list(index[key].shape)}",
+                f"The {name}'s config.json asks for {list(value.shape)}",
+                "Check that config and weights belong together",
+            )
+        found[parameter] = index[key]
+        used.add(key)
+    extra = sorted(key for key in index if key not in used and not key.endswith(_COMPUTED))
+    if extra:
+        raise CheckpointError(
+            f"The {name}'s checkpoint in {folder} holds {len(extra)} tensors that its config.json does not "
+            f"know, {extra[0]!r} among them",
+            "Every tensor must belong to the model",
+            "Check that config and weights belong together",
+        )
+    return Component(name, module, found, index)
+
+
+def _open_index(folder: Path) -> SafetensorsIndex:
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            name = f"{stem}{variant}.safetensors"
+            if (folder / name).exists() or (folder / f"{name}.index.json").exists():
+                return SafetensorsIndex.from_folder(folder, stem + variant)
+    if any(folder.glob("*.bin")):
+        raise UnsupportedError(
+            f"{folder} holds its weights as a pickle (.bin)",
+            "Only safetensors are read: a pickle can run code",
+            "Convert it with `pipeline.save_pretrained(folder, safe_serialization=True)`",
+        )
+    raise CheckpointError(
+        f"{folder} holds no weights",
+        "diffusion_pytorch_model.safetensors or model.safetensors, or their shards with an index",
+        "Fetch the checkpoint whole",
+    )

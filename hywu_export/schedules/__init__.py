@@ -1,0 +1,36 @@
+"""Samplers as tables: one row of coefficients per evaluation of the denoiser."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hywu_export.schedules.samplers import make_scheduler, sampler_name
+    from hywu_export.schedules.table import ScheduleTable, write_schedules
+    from hywu_export.schedules.trace import trace_scheduler
+    from hywu_export.schedules.update import apply_row
+
+__all__ = [
+    "ScheduleTable",
+    "apply_row",
+    "make_scheduler",
+    "sampler_name",
+    "trace_scheduler",
+    "write_schedules",
+]
+
+_HOMES = {
+    "ScheduleTable": "table",
+    "apply_row": "update",
+    "make_scheduler": "samplers",
+    "sampler_name": "samplers",
+    "trace_scheduler": "trace",
+    "write_schedules": "table",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
