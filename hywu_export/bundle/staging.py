@@ -100,21 +100,18 @@ class StagingDirectory:
                 finally:
                     os.close(lock)
 
-    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """Writes a file of the bundle, and records its size and SHA-256 under its name."""
         self._check_name(name)
         target = self.directory / name
         digest, size = hashlib.sha256(), 0
         with writing(self.path):
             target.parent.mkdir(parents=True, exist_ok=True)
-            file = target.open("xb")
-        with file:
-            for chunk in chunks:  # errors of the source are not errors of the bundle
-                digest.update(chunk)
-                size += len(chunk)
-                with writing(self.path):
+            with target.open("xb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
                     file.write(chunk)
-            with writing(self.path):
                 file.flush()
                 os.fsync(file.fileno())
         self.files[name] = {"size": size, "sha256": digest.hexdigest()}

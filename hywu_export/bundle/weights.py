@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+
 from hywu_runtime.errors import CheckpointError
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {

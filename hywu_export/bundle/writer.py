@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hywu_runtime.errors import BundleError, CheckpointError, UnsupportedError
-
 from hywu_export.bundle.staging import StagingDirectory
 from hywu_export.bundle.weights import (
     CHUNK_BYTES,
@@ -25,6 +23,7 @@ from hywu_export.bundle.weights import (
     WeightSource,
     header_digest,
 )
+from hywu_runtime.errors import BundleError, CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -296,7 +295,7 @@ class BundleWriter:
         for initializer, (place, offset, length) in external.items():
             value = graph.initializers[initializer]
             tensor = value.const_value if value.const_value is not None else value
-            assert tensor.dtype is not None
+            assert tensor.dtype is not None and tensor.shape is not None
             value.const_value = ir.ExternalTensor(
                 place, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=initializer
             )

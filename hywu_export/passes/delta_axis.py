@@ -6,8 +6,9 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
-from hywu_runtime.errors import UnsupportedError
 from onnx_ir.passes.common import ShapeInferencePass
+
+from hywu_runtime.errors import UnsupportedError
 
 
 def free_delta_axis(model: ir.Model, axes: Collection[str], graph_name: str) -> ir.Model:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-from hywu_runtime.errors import UnsupportedError
 from onnx_ir.passes.common import ShapeInferencePass
 
 from hywu_export.passes.quiet import quiet
+from hywu_runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from hywu_export.tracing.spec import TensorSpec

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,11 +26,35 @@ def fake_module(factory: Callable[[], M], dtype: torch.dtype = torch.float32) ->
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with init_empty_weights(include_buffers=False):
+        with _parameters_without_data():
             module = factory()
     finally:
         torch.set_default_dtype(previous)
     return module.requires_grad_(False).eval()
+
+
+@contextmanager
+def _parameters_without_data() -> Iterator[None]:
+    """Moves every parameter to the ``meta`` device as a module takes it; tied parameters stay tied.
+
+    (accelerate's ``init_empty_weights`` unties those that are tied within a constructor.)
+    """
+    register = nn.Module.register_parameter
+    moved = WeakTensorKeyDictionary()
+
+    def register_without_data(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            if param not in moved:
+                moved[param] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+                moved[param].__dict__.update(param.__dict__)  # marks that libraries leave there
+            param = moved[param]
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_without_data  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @contextmanager

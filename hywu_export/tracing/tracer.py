@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 import torch
-from hywu_runtime.errors import UnsupportedError
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
@@ -22,6 +22,7 @@ from hywu_export.passes.naming import name_by_scope
 from hywu_export.passes.quiet import quiet
 from hywu_export.tracing.fake import traceable
 from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec, resolve_axis
+from hywu_runtime.errors import UnsupportedError
 
 OPSET = 20
 IR_VERSION = 10
@@ -84,7 +85,16 @@ def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
                 "Correct the limits or the multiple of the axis, or the module's use of its size",
             ) from error
         symbols = _check_program(spec, sizes, program)
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise UnsupportedError(
+                f"Graph {spec.name!r} has no ONNX form: {_excerpt(error.__cause__ or error)}",
+                f"Its operations must exist in opset {OPSET}",
+                "Write the module with other operations",
+            ) from error
     assert exported is not None  # with dynamo, a program is returned or an error raised
     model = exported.model
     model.ir_version = IR_VERSION
@@ -152,7 +162,7 @@ class _Sizes:
     def _size(self, name: str) -> int:
         return 1 if name in self.shared_axes else self.factors[name] * self._units[self._roots[name]]
 
-    def dynamic_shapes(self) -> tuple[Any, ...] | dict[str, Any]:
+    def dynamic_shapes(self) -> tuple[Any, ...]:
         """What ``torch.export.export`` takes; ``*args`` of a forward count as one argument, a tuple."""
         per_input = tuple(
             {
@@ -162,10 +172,10 @@ class _Sizes:
             }
             for t in self._spec.inputs
         )
-        code = self._spec.module.forward.__code__
-        named = code.co_argcount - 1  # without self
-        if len(per_input) <= named:
+        kinds = [p.kind for p in inspect.signature(self._spec.module.forward).parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
             return per_input
+        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
         return (*per_input[:named], per_input[named:])
 
     def _dim(self, name: str) -> Any:
@@ -293,6 +303,6 @@ def _aliases(module: torch.nn.Module, used: Collection[str]) -> dict[str, tuple[
     }
 
 
-def _excerpt(error: Exception, limit: int = 400) -> str:
+def _excerpt(error: BaseException, limit: int = 400) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[:limit] + " …"

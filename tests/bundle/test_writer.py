@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -17,45 +15,20 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from hywu_runtime.errors import BundleError, CheckpointError, HywuError
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hywu_export.bundle import BundleWriter
+from hywu_export.bundle.sources import SafetensorsIndex
+from hywu_export.bundle.staging import writing
 from hywu_export.tracing import TensorSpec, rtx
 from hywu_export.tracing.tracer import TracedGraph
+from hywu_runtime.errors import BundleError, CheckpointError, HywuError
 
 X = TensorSpec("x", "float32", ("batch", 8))
 Y = TensorSpec("y", "float32", ("batch", 4))
 WEIGHT = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float16)
 BIAS = np.arange(4, dtype=np.float16)
-
-
-@dataclass(frozen=True)
-class Location:
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-def index(file: Path) -> dict[str, Location]:
-    """Tensor locations, read from a safetensors header."""
-    data = file.read_bytes()
-    size = 8 + int.from_bytes(data[:8], "little")
-    entries = json.loads(data[8:size])
-    return {
-        name: Location(
-            file,
-            e["dtype"],
-            tuple(e["shape"]),
-            size + e["data_offsets"][0],
-            e["data_offsets"][1] - e["data_offsets"][0],
-        )
-        for name, e in entries.items()
-        if name != "__metadata__"
-    }
 
 
 def graph(name: str = "step", activation: str = "Sigmoid", constant_rows: int = 1) -> TracedGraph:
@@ -105,7 +78,7 @@ def write(
 ) -> dict:
     with BundleWriter(path, overwrite=overwrite) as writer:
         writer.add_source("base", checkpoint.parents[1], name="a/b", licence="MIT")
-        writer.add_weights("net", index(checkpoint), source="base", link=link)
+        writer.add_weights("net", SafetensorsIndex.from_file(checkpoint), source="base", link=link)
         writer.add_graph(graph())
         writer.add_graph(graph("other", "Tanh"))
         writer.add_file("tokenizer/tokenizer.json", b"{}")
@@ -195,7 +168,7 @@ def test_linked_bfloat16(tmp_path: Path) -> None:
     save_file({"w": weight, "b": BIAS.astype(np.float32)}, file)
     with BundleWriter(tmp_path / "bundle") as writer:
         writer.add_source("base", tmp_path, name="m")
-        writer.add_weights("net", index(file), source="base", link=True)
+        writer.add_weights("net", SafetensorsIndex.from_file(file), source="base", link=True)
         writer.add_graph(graph())
         manifest = writer.finish({})
     x = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
@@ -237,7 +210,7 @@ def test_tensorrt_rtx_parses_from_the_bundle(tmp_path: Path, checkpoint: Path, l
 
 def test_large_constants_go_to_a_file_once(tmp_path: Path, checkpoint: Path) -> None:
     with BundleWriter(tmp_path / "bundle") as writer:
-        writer.add_weights("net", index(checkpoint))
+        writer.add_weights("net", SafetensorsIndex.from_file(checkpoint))
         writer.add_graph(graph("step", constant_rows=20_000))
         writer.add_graph(graph("other", constant_rows=20_000))
         manifest = writer.finish({})
@@ -268,7 +241,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     from hywu_export.bundle.weights import StoredTensor, WeightsFile
 
     layout = WeightsFile.lay_out(
-        "w", [StoredTensor("w", "F32", (rows, 512), location=index_header(file)["w"])]
+        "w", [StoredTensor("w", "F32", (rows, 512), location=SafetensorsIndex.from_file(file)["w"])]
     )
     tracemalloc.start()
     size = 0
@@ -280,18 +253,6 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert size > 128 * 2**20
     assert peak < 160 * 2**20
-
-
-def index_header(file: Path) -> dict[str, Location]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        entries = json.loads(stream.read(length))
-    return {
-        name: Location(
-            file, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0], e["data_offsets"][1]
-        )
-        for name, e in entries.items()
-    }
 
 
 def test_a_parameter_that_the_checkpoint_lacks(tmp_path: Path, checkpoint: Path) -> None:
@@ -307,7 +268,7 @@ def test_a_parameter_that_the_checkpoint_lacks(tmp_path: Path, checkpoint: Path)
 
 
 def test_a_checkpoint_that_shrinks_meanwhile(tmp_path: Path, checkpoint: Path) -> None:
-    tensors = index(checkpoint)
+    tensors = SafetensorsIndex.from_file(checkpoint)
     os.truncate(checkpoint, checkpoint.stat().st_size - 10)
     with BundleWriter(tmp_path / "bundle") as writer:
         writer.add_weights("net", tensors)
@@ -317,22 +278,13 @@ def test_a_checkpoint_that_shrinks_meanwhile(tmp_path: Path, checkpoint: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["models"]
 
 
-def test_values_beyond_the_range_of_the_dtype(tmp_path: Path) -> None:
-    from hywu_export.bundle.weights import read_tensor
-
-    file = tmp_path / "m.safetensors"
-    save_file({"w": np.array([1.0, 1e6], np.float32)}, file)
-    with pytest.raises(CheckpointError, match="beyond the range of float16"):
-        list(read_tensor("w", index(file)["w"], "F16"))
-
-
 def test_an_alias_of_a_tied_parameter_is_found(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     save_file({"shared": WEIGHT, "b": BIAS}, file)
     traced = graph()
     traced.aliases["net.w"] = ("net.shared",)
     with BundleWriter(tmp_path / "bundle") as writer:
-        writer.add_weights("net", index(file))
+        writer.add_weights("net", SafetensorsIndex.from_file(file))
         writer.add_graph(traced)
         manifest = writer.finish({})
     x = np.ones((2, 8), np.float32)
@@ -341,12 +293,17 @@ def test_an_alias_of_a_tied_parameter_is_found(tmp_path: Path) -> None:
     )
 
 
+def interrupted(path: Path, error: type[BaseException], overwrite: bool = False) -> None:
+    with BundleWriter(path, overwrite=overwrite) as writer:
+        writer.add_file("a.json", b"{}")
+        assert hidden(path.parent)
+        raise error
+
+
 def test_leaving_early_leaves_nothing(tmp_path: Path, checkpoint: Path) -> None:
     for error in (KeyboardInterrupt, ValueError):
-        with pytest.raises(error), BundleWriter(tmp_path / "bundle") as writer:
-            writer.add_file("a.json", b"{}")
-            assert hidden(tmp_path)
-            raise error
+        with pytest.raises(error):
+            interrupted(tmp_path / "bundle", error)
     with BundleWriter(tmp_path / "bundle") as writer:  # never finished
         writer.add_file("a.json", b"{}")
     assert [p.name for p in tmp_path.iterdir()] == ["models"]
@@ -381,15 +338,15 @@ def test_what_is_added_twice_or_not_at_all(tmp_path: Path, checkpoint: Path) -> 
         with pytest.raises(BundleError, match="twice"):
             writer.add_graph(graph())
         with pytest.raises(BundleError, match="not declared"):
-            writer.add_weights("net", index(checkpoint), source="base", link=True)
+            writer.add_weights("net", SafetensorsIndex.from_file(checkpoint), source="base", link=True)
         with pytest.raises(BundleError, match="has no weights"):
             writer.finish({})
-        writer.add_weights("net", index(checkpoint))
+        writer.add_weights("net", SafetensorsIndex.from_file(checkpoint))
         with pytest.raises(BundleError, match="twice"):
-            writer.add_weights("net", index(checkpoint))
+            writer.add_weights("net", SafetensorsIndex.from_file(checkpoint))
     with BundleWriter(tmp_path / "bundle") as writer:
         writer.add_source("base", tmp_path / "elsewhere", name="x")
-        writer.add_weights("net", index(checkpoint), source="base", link=True)
+        writer.add_weights("net", SafetensorsIndex.from_file(checkpoint), source="base", link=True)
         writer.add_graph(graph())
         with pytest.raises(BundleError, match="outside its source"):
             writer.finish({})
@@ -414,34 +371,48 @@ def test_a_taken_path(tmp_path: Path, checkpoint: Path) -> None:
 
 def test_an_overwritten_bundle_stays_until_the_new_one_is_whole(tmp_path: Path, checkpoint: Path) -> None:
     write(tmp_path / "bundle", checkpoint, name="old")
-    with pytest.raises(KeyboardInterrupt), BundleWriter(tmp_path / "bundle", overwrite=True) as writer:
-        writer.add_file("a", b"")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "bundle", KeyboardInterrupt, overwrite=True)
     assert json.loads((tmp_path / "bundle/manifest.json").read_text())["name"] == "old"
 
 
-def test_a_full_disk(tmp_path: Path, checkpoint: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.fail("this test needs /dev/full")
-    with BundleWriter(tmp_path / "bundle") as writer:
-        (staging,) = tmp_path.glob(".bundle.partial-*")
-        from unittest.mock import patch
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from test_writer import write
+from hywu_runtime.errors import BundleError
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
+try:
+    write(Path(sys.argv[1]), Path(sys.argv[2]))
+except BundleError as error:
+    print(error)
+"""
 
-        real_open = Path.open
-        with (
-            patch.object(
-                Path,
-                "open",
-                lambda p, mode="r": real_open(Path("/dev/full"), "wb") if "x" in mode else real_open(p, mode),
-            ),
-            pytest.raises(BundleError, match="No space left on device") as caught,
-        ):
-            writer.add_file("a", b"x" * 100_000)
-        assert isinstance(caught.value.__cause__, OSError)
-        assert caught.value.__cause__.errno == errno.ENOSPC
-        assert caught.value.remedy
-        assert staging.exists()
+
+@pytest.mark.parametrize("room", [0, 1, 400, 1000])
+def test_no_room_for_a_file(tmp_path: Path, checkpoint: Path, room: int) -> None:
+    """The system refuses to let files grow beyond ``room`` bytes, as a full disk would."""
+    arguments = [str(tmp_path / "bundle"), str(checkpoint), str(Path(__file__).parent), str(room)]
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *arguments], env=environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "cannot be written: File too large" in run.stdout
+    assert "Free some space" in run.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_device_without_space(tmp_path: Path) -> None:
+    match = "No space left on device"
+    with (
+        pytest.raises(BundleError, match=match) as caught,
+        writing(tmp_path),
+        open("/dev/full", "wb") as file,
+    ):
+        file.write(b"x")
+    assert caught.value.expected
+    assert caught.value.remedy
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
@@ -466,14 +437,17 @@ with BundleWriter(Path(sys.argv[1])) as writer:
 """
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def slow_writer(path: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_WRITER, str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment(),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

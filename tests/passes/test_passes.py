@@ -6,12 +6,12 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from hywu_runtime.errors import UnsupportedError
 from onnx import TensorProto, helper
 
 from hywu_export.passes import cast_weights, check, clean, lint
 from hywu_export.passes.linting import OPERATORS
 from hywu_export.tracing import TensorSpec, rtx
+from hywu_runtime.errors import UnsupportedError
 
 AXES = ("batch", "length")
 
@@ -85,8 +85,11 @@ def test_lint_finds(rule: str, graph: str, opset: int, header: str) -> None:
 
 
 def test_lint_finds_uint8_only_where_it_is_wrong() -> None:
-    fine = "g (uint8[batch, 4] x) => (uint8[4, batch] y) { a = Cast<to = 1>(x) b = Transpose(a) y = Cast<to = 2>(b) }"
-    assert lint(model_of(fine), AXES) == []
+    model = model_of(
+        "g (uint8[batch, 4] x) => (uint8[4, batch] y)"
+        " { a = Cast<to = 1>(x) b = Transpose(a) y = Cast<to = 2>(b) }"
+    )
+    assert lint(model, AXES) == []
 
 
 def test_lint_compares_the_signature() -> None:
@@ -139,7 +142,8 @@ def test_lint_finds_large_int64_weights() -> None:
 def test_clean_rewrites_sequences_into_splits() -> None:
     model = model_of(
         "g (float[batch, 6] x) => (float[batch, 3] y) {"
-        " n = Constant<value = int64 {3}>() one = Constant<value = int64 {1}>() zero = Constant<value = int64 {0}>()"
+        " n = Constant<value = int64 {3}>()"
+        " one = Constant<value = int64 {1}>() zero = Constant<value = int64 {0}>()"
         " s = SplitToSequence<axis = 1>(x, n) a = SequenceAt(s, zero) b = SequenceAt(s, one) y = Sub(a, b) }"
     )
     clean(model, ())

@@ -12,12 +12,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from hywu_runtime.errors import UnsupportedError
 from tiny_models import AXES, CASES
 from torch import nn
 
 from hywu_export.passes import lint
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, TracedGraph, fake_module, rtx, trace
+from hywu_runtime.errors import UnsupportedError
 
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "step" else name for name in CASES]
 
@@ -270,6 +270,26 @@ def test_a_wrong_declaration_is_refused(shape: tuple[int | str, ...], dtype: str
 def test_a_wrong_number_of_outputs_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="returns 3 tensors"):
         trace(graph_of(Passthrough()), AXES)
+
+
+class Spectrum(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x + torch.linalg.svdvals(x).sum(),)
+
+
+def test_an_operation_without_an_onnx_form_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="svd"):
+        trace(graph_of(Spectrum()), AXES)
+
+
+class Decorated(nn.Module):
+    @torch.no_grad()
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (tensors[0] * 2,)
+
+
+def test_a_decorated_forward_with_any_number_of_inputs() -> None:
+    assert [node.op_type for node in trace(graph_of(Decorated()), AXES).model.graph] == ["Mul"]
 
 
 class PicksOneSet(nn.Module):

@@ -92,7 +92,7 @@ class DeltaLayers(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """``wrap(component())`` is the module to trace; ``inputs(*sizes)`` are inputs for every sizes of ``sizes``."""
+    """``wrap(component())`` is the module to trace, and ``sizes`` are sizes of its axes to compare at."""
 
     component: Callable[[], nn.Module]
     wrap: Callable[[nn.Module], nn.Module]
