@@ -35,9 +35,10 @@ def writing(path: Path) -> Iterator[None]:
 class StagingDirectory:
     """Collects files in a hidden sibling of ``path`` and renames it to ``path`` at the end.
 
-    The sibling is on the same file system, and locked while its process lives: leftovers of killed processes are
-    recognised by the missing lock, and removed by the next export to the same path. Of two exports to one path at
-    the same time, the one that finishes last is refused (or replaces the other, with ``overwrite``).
+    The sibling is on the same file system, and locked while its process lives: leftovers of killed
+    processes are recognised by the missing lock, and removed by the next export to the same path. Of two
+    exports to one path at the same time, the one that finishes last is refused (or replaces the other, with
+    ``overwrite``).
 
     Raises:
         BundleError: ``path`` is taken and ``overwrite`` is false, is not a bundle, or cannot be written.
@@ -99,21 +100,18 @@ class StagingDirectory:
                 finally:
                     os.close(lock)
 
-    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """Writes a file of the bundle, and records its size and SHA-256 under its name."""
         self._check_name(name)
         target = self.directory / name
         digest, size = hashlib.sha256(), 0
         with writing(self.path):
             target.parent.mkdir(parents=True, exist_ok=True)
-            file = target.open("xb")
-        with file:
-            for chunk in chunks:  # errors of the source are not errors of the bundle
-                digest.update(chunk)
-                size += len(chunk)
-                with writing(self.path):
+            with target.open("xb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
                     file.write(chunk)
-            with writing(self.path):
                 file.flush()
                 os.fsync(file.fileno())
         self.files[name] = {"size": size, "sha256": digest.hexdigest()}
@@ -125,7 +123,7 @@ class StagingDirectory:
             or "\\" in name
             or ":" in name
             or "\0" in name
-            or {"", ".."} & set(parts)
+            or {"", ".", ".."} & set(parts)
         ):
             raise BundleError(
                 f"{name!r} is no name for a file of a bundle",

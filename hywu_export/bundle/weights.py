@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+
 from hywu_runtime.errors import CheckpointError
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -34,7 +35,8 @@ CHUNK_BYTES = 16 * 2**20
 
 
 class TensorLocation(Protocol):
-    """Where the bytes of a tensor are: little-endian, row-major, ``length`` bytes from ``offset`` in ``file``.
+    """Where the bytes of a tensor are: little-endian, row-major, ``length`` bytes from ``offset`` in
+    ``file``.
 
     ``dtype`` is a safetensors name (``F16``).
     """
@@ -60,7 +62,8 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a weights file. Its bytes are ``data``, or are read from ``location`` and converted to ``dtype``."""
+    """A tensor of a weights file. Its bytes are ``data``, or are read from ``location`` and converted to
+    ``dtype``."""
 
     name: str
     dtype: str
@@ -76,7 +79,8 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A safetensors file laid out before it is written: every tensor has its offset from the start of the file."""
+    """A safetensors file laid out before it is written: every tensor has its offset from the start of the
+    file."""
 
     name: str
     header: bytes

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hywu_runtime.errors import BundleError, CheckpointError, UnsupportedError
-
 from hywu_export.bundle.staging import StagingDirectory
 from hywu_export.bundle.weights import (
     CHUNK_BYTES,
@@ -25,6 +23,7 @@ from hywu_export.bundle.weights import (
     WeightSource,
     header_digest,
 )
+from hywu_runtime.errors import BundleError, CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,10 +64,10 @@ class BundleWriter:
             writer.add_file("tokenizer/tokenizer.json", data)
             writer.finish({"name": …, "axes": …, "program": …, …})
 
-    Everything is staged beside ``path`` and appears there when ``finish`` returns. A context that is left earlier
-    (error, interrupt) leaves nothing. Weights of all graphs that use a component share the file
-    ``weights/<component>.safetensors``, in the dtype of the graphs; they are streamed, so memory does not grow with
-    the checkpoint. Linked components stay where they are, in their own dtype.
+    Everything is staged beside ``path`` and appears there when ``finish`` returns. A context that is left
+    earlier (error, interrupt) leaves nothing. Weights of all graphs that use a component share the file
+    ``weights/<component>.safetensors``, in the dtype of the graphs; they are streamed, so memory does not
+    grow with the checkpoint. Linked components stay where they are, in their own dtype.
 
     Args:
         path: the bundle's directory: new or empty, or with ``overwrite`` a bundle, replaced in one step.
@@ -107,7 +106,8 @@ class BundleWriter:
     def add_weights(
         self, component: str, checkpoint: WeightSource, *, source: str | None = None, link: bool = False
     ) -> None:
-        """Says where the parameters ``<component>.*`` are. ``link`` leaves them there, and needs ``source``."""
+        """Says where the parameters ``<component>.*`` are. ``link`` leaves them there, and needs
+        ``source``."""
         if component in self._weights:
             raise BundleError(
                 f"Weights of component {component!r} are added twice", "A component has one checkpoint"
@@ -215,7 +215,7 @@ class BundleWriter:
                 stored = StoredTensor(name, _dtype_name(value), _static_shape(value), location)
                 if file.setdefault(name, stored).dtype != stored.dtype:
                     raise UnsupportedError(
-                        f"Parameter {parameter!r} is used in two dtypes, {file[name].dtype} and {stored.dtype}",
+                        f"Parameter {parameter!r} is used as {file[name].dtype} and as {stored.dtype}",
                         "All graphs of a bundle use a component in one dtype",
                     )
         return {name: WeightsFile.lay_out(name, group.values()) for name, group in sorted(tensors.items())}
@@ -223,11 +223,11 @@ class BundleWriter:
     def _locate(
         self, traced: TracedGraph, parameter: str, value: ir.Value
     ) -> tuple[_Weights, str, TensorLocation]:
-        """The weights of a parameter's component, the tensor's name in the checkpoint, and its place there."""
+        """The weights of a parameter's component, the tensor's name in them, and its place."""
         component = _component(parameter)
         if component not in self._weights:
             raise BundleError(
-                f"Graph {traced.name!r} uses component {component!r} (parameter {parameter!r}), which has no weights",
+                f"Graph {traced.name!r} has the parameter {parameter!r}, but {component!r} has no weights",
                 f"Weights were added for {', '.join(sorted(self._weights)) or 'no component'}",
                 "Call add_weights for the component",
             )
@@ -258,7 +258,7 @@ class BundleWriter:
         return weights, names[0], location
 
     def _serialize(self, traced: TracedGraph, files: Mapping[str, WeightsFile]) -> bytes:
-        """The graph's bytes; its initializers point into weights files, or to where a link will be supplied."""
+        """The graph's bytes; its initializers point into weights files, or are links."""
         import onnx_ir as ir
 
         from hywu_export.passes.weights import cast_weights
@@ -284,7 +284,7 @@ class BundleWriter:
                 link = self._link(weights, parameter, location)
                 self._linked.setdefault(graph_file, {})[initializer] = link
                 stored[initializer] = ir.DataType.from_numpy(NUMPY_DTYPES[location.dtype])
-                # A place where nothing is: the runtime must supply the initializer, and a load without it fails.
+                # Nothing is there: the runtime supplies the initializer, and a load without it fails.
                 place = f"linked/{link['source']}/{link['file']}"
                 external[initializer] = (place, location.offset, location.length)
             else:
@@ -294,11 +294,12 @@ class BundleWriter:
         cast_weights(model, stored)
         for initializer, (place, offset, length) in external.items():
             value = graph.initializers[initializer]
-            assert value.dtype is not None
+            tensor = value.const_value if value.const_value is not None else value
+            assert tensor.dtype is not None and tensor.shape is not None
             value.const_value = ir.ExternalTensor(
-                place, offset, length, value.dtype, shape=ir.Shape(_static_shape(value)), name=initializer
+                place, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=initializer
             )
-        return ir.to_proto(model).SerializeToString(deterministic=True)
+        return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
     def _link(self, weights: _Weights, parameter: str, location: TensorLocation) -> dict[str, object]:
         assert weights.source is not None

@@ -6,9 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hywu_export.passes.linting import Finding, check, lint
-
     from hywu_export.passes.cleaning import clean
+    from hywu_export.passes.linting import Finding, check, lint
     from hywu_export.passes.weights import cast_weights
 
 __all__ = ["Finding", "cast_weights", "check", "clean", "lint"]

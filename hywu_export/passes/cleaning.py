@@ -40,11 +40,12 @@ _RULES = (
 def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
     """Simplifies a model in place and returns it.
 
-    Functions are inlined; what depends on constants alone is computed; identities, casts, expansions and transposes
-    without effect go, as do common subexpressions and dead nodes; sequences become slices (TensorRT has none);
-    constants become initializers, equal ones become one.
+    Functions are inlined; what depends on constants alone is computed; identities, casts, expansions and
+    transposes without effect go, as do common subexpressions and dead nodes; sequences become slices
+    (TensorRT has none); constants become initializers, equal ones become one.
 
-    Initializers named in ``parameters`` lose their value: nothing is computed from them, and they keep their names.
+    Initializers named in ``parameters`` lose their value: nothing is computed from them, and they keep
+    their names.
     """
     graph = model.graph
     for name, value in graph.initializers.items():
@@ -67,6 +68,7 @@ def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
             break
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _merge_equal_constants(graph)
+    _measure_after_cast(graph)
     CommonSubexpressionEliminationPass()(model)
     IdentityEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
@@ -74,8 +76,22 @@ def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
     return model
 
 
+def _measure_after_cast(graph: ir.Graph) -> None:
+    """Takes the size of a uint8 input from its Cast: TensorRT allows nothing but the Cast beside it."""
+    for value in graph.inputs:
+        casts = [node for node in value.consumers() if node.op_type == "Cast"]
+        if value.dtype != ir.DataType.UINT8 or not casts:
+            continue
+        graph.remove(casts[0])
+        graph.insert_before(graph[0], casts[0])
+        for node in value.consumers():
+            if node.op_type == "Shape":
+                node.replace_input_with(0, casts[0].outputs[0])
+
+
 def _merge_equal_constants(graph: ir.Graph) -> None:
-    """One initializer for all constants of the same dtype, shape and bytes; parameters (without value) stay."""
+    """One initializer for all constants of the same dtype, shape and bytes; parameters (without value)
+    stay."""
     first: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value

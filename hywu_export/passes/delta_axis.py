@@ -6,19 +6,21 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
-from hywu_runtime.errors import UnsupportedError
 from onnx_ir.passes.common import ShapeInferencePass
+
+from hywu_runtime.errors import UnsupportedError
 
 
 def free_delta_axis(model: ir.Model, axes: Collection[str], graph_name: str) -> ir.Model:
-    """Makes the first dimension of values that depend only on inputs with such an axis take any size, in place.
+    """Lets values that are computed from such inputs alone have any size along the axis; in place.
 
-    Tracing writes a 1 where the axis stands in the shape of a Reshape: there it becomes 0, "as in the input". Where
-    deltas meet activations, broadcasting does the rest. Shapes inferred while the axis was 1 are forgotten.
+    Tracing writes a 1 where the axis stands in the shape of a Reshape: there it becomes 0, "as in the
+    input". Where deltas meet activations, broadcasting does the rest. Shapes inferred while the axis was 1
+    are forgotten.
 
     Raises:
-        UnsupportedError: an operation on deltas alone folds the axis into another, or picks a part of it; with more
-            than one set of deltas it would be wrong.
+        UnsupportedError: an operation on deltas alone folds the axis into another, or picks a part of it:
+            it would be wrong for more than one set.
     """
     graph = model.graph
     sources = [v for v in graph.inputs if v.shape is not None and any(_is(d, axes) for d in v.shape)]
@@ -43,11 +45,10 @@ def free_delta_axis(model: ir.Model, axes: Collection[str], graph_name: str) -> 
         if node.op_type == "Shape":
             continue
         for output in node.outputs:
-            if output.shape is None or not output.shape.rank() or not _is(output.shape[0], axes):
+            if output.shape is None or not any(_is(d, axes) for d in output.shape):
                 raise UnsupportedError(
-                    f"Node {node.name!r} ({node.op_type}) of graph {graph_name!r} does not keep the first axis of "
-                    f"deltas: its output has shape {output.shape}",
-                    f"Axis {' or '.join(sorted(axes))} comes first in everything computed from deltas alone",
+                    f"{node.op_type} {node.name!r} of graph {graph_name!r} loses the axis of delta sets",
+                    f"Axis {' or '.join(sorted(axes))} stays in all that is computed from deltas alone",
                     "Write the operation with the axis in front, and let it broadcast against activations",
                 )
     return model

@@ -14,8 +14,9 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def name_by_scope(model: ir.Model, parameters: Collection[str]) -> ir.Model:
     """Names nodes, values and constants by module path, drops all metadata and intermediate shapes, in place.
 
-    A node is ``<module path>/<operator>``, with a number from the second on; its outputs take its name. A constant
-    is ``constant/<number>`` in the order of use. Inputs, outputs and ``parameters`` keep their names.
+    A node is ``<module path>/<operator>``, with a number from the second on; its outputs take its name. A
+    constant is ``constant/<number>`` in the order of use. Inputs, outputs and ``parameters`` keep their
+    names.
     """
     graph = model.graph
     kept = {value.name for value in (*graph.inputs, *graph.outputs)} | set(parameters)

@@ -10,8 +10,8 @@ import onnx_ir as ir
 def cast_weights(model: ir.Model, stored: Mapping[str, ir.DataType]) -> ir.Model:
     """Declares initializers in their stored dtype, with a Cast to the dtype the graph uses; in place.
 
-    ``stored`` maps initializer names to dtypes; entries that agree with the graph change nothing. The Cast node and
-    its output are named ``<initializer>/Cast``.
+    ``stored`` maps initializer names to dtypes; entries that agree with the graph change nothing. The Cast
+    node and its output are named ``<initializer>/Cast``.
     """
     graph = model.graph
     casts: list[ir.Node] = []

@@ -39,8 +39,8 @@ class TensorSpec:
 class Axis:
     """A free dimension, as in the manifest.
 
-    Either a root axis, with its limits (``multiple`` divides every size), or, with ``of``, an axis that is exactly
-    ``1/divide`` of another. ``one_or`` names the axis whose size this one takes unless it is 1.
+    Either a root axis, with its limits (``multiple`` divides every size), or, with ``of``, an axis that is
+    exactly ``1/divide`` of another. ``one_or`` names the axis whose size this one takes unless it is 1.
     """
 
     min: int = 1
@@ -66,9 +66,10 @@ class Axis:
 class GraphSpec:
     """A graph to trace.
 
-    ``module.forward`` takes the inputs positionally, in the order of ``inputs``, and returns a tuple in the order of
-    ``outputs``. Parameters become initializers under their names in ``module``, which are ``<component>.<name in the
-    component's checkpoint>``. ``example_sizes`` overrides the size that tracing uses for an axis.
+    ``module.forward`` takes the inputs positionally, in the order of ``inputs``, and returns a tuple in the
+    order of ``outputs``. Parameters become initializers under their names in ``module``, which are
+    ``<component>.<name in the component's checkpoint>``. ``example_sizes`` overrides the size that tracing
+    uses for an axis.
     """
 
     name: str

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import inspect
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import sympy
 import torch
-from hywu_runtime.errors import UnsupportedError
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
@@ -21,8 +19,10 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, Guar
 from hywu_export.passes.cleaning import clean
 from hywu_export.passes.delta_axis import free_delta_axis
 from hywu_export.passes.naming import name_by_scope
+from hywu_export.passes.quiet import quiet
 from hywu_export.tracing.fake import traceable
 from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec, resolve_axis
+from hywu_runtime.errors import UnsupportedError
 
 OPSET = 20
 IR_VERSION = 10
@@ -34,7 +34,7 @@ class TracedGraph:
 
     Attributes:
         name: the graph's name in the bundle.
-        model: an onnx-ir model; the initializers listed in ``initializers`` have a type and a shape, and no value.
+        model: an onnx-ir model; initializers listed in ``initializers`` have a type and a shape, no value.
         initializers: initializer name → parameter name (``<component>.<name in the checkpoint>``).
         inputs, outputs: the declared signature, which the model has.
         aliases: parameter name → the other names of the same tensor, where parameters are tied.
@@ -58,31 +58,44 @@ class TracedGraph:
 def trace(spec: GraphSpec, axes: Mapping[str, Axis]) -> TracedGraph:
     """Traces a module to ONNX (opset 20, IR 10, standard operators only).
 
-    Parameters may be real or without data (:func:`~hywu_export.tracing.fake.fake_module`): the graph is the same, to
-    the byte. Every axis named in a shape is free in the graph, and carries its name. An axis with ``one_or`` is traced
-    with size 1, where every operation broadcasts it, and freed afterwards: torch.export would tie it to the batch.
+    Parameters may be real or without data (:func:`~hywu_export.tracing.fake.fake_module`): the graph is the
+    same, to the byte. Every axis named in a shape is free in the graph, and carries its name. An axis with
+    ``one_or`` is traced with size 1, where every operation broadcasts it, and freed afterwards:
+    torch.export would tie it to the batch.
 
     Raises:
         UnsupportedError: the module fixes an axis that is declared free, returns other shapes or dtypes than
             declared, or uses something that has no form in the allowed operators.
     """
-    sizes = _Sizes(spec, axes)
+    with quiet():
+        return _trace(spec, _Sizes(spec, axes))
+
+
+def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
     arguments = tuple(torch.zeros(sizes.example(t), dtype=getattr(torch, t.dtype)) for t in spec.inputs)
-    with traceable(spec.module), torch.no_grad(), _quiet():
+    with traceable(spec.module), torch.no_grad():
         try:
             program = torch.export.export(
                 spec.module, arguments, dynamic_shapes=sizes.dynamic_shapes(), strict=False
             )
         except (UserError, ConstraintViolationError, GuardOnDataDependentSymNode) as error:
             raise UnsupportedError(
-                f"Graph {spec.name!r} cannot be traced with its axes free: {_first_lines(error)}",
+                f"Graph {spec.name!r} cannot be traced with its axes free: {_excerpt(error)}",
                 f"The module must work for every size of {', '.join(sizes.named_axes())}",
                 "Correct the limits or the multiple of the axis, or the module's use of its size",
             ) from error
         symbols = _check_program(spec, sizes, program)
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
-    if exported is None:
-        raise UnsupportedError(f"Graph {spec.name!r} has no ONNX form")
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise UnsupportedError(
+                f"Graph {spec.name!r} has no ONNX form: {_excerpt(error.__cause__ or error)}",
+                f"Its operations must exist in opset {OPSET}",
+                "Write the module with other operations",
+            ) from error
+    assert exported is not None  # with dynamo, a program is returned or an error raised
     model = exported.model
     model.ir_version = IR_VERSION
     signature = program.graph_signature
@@ -92,13 +105,15 @@ def trace(spec: GraphSpec, axes: Mapping[str, Axis]) -> TracedGraph:
     if sizes.shared_axes:
         free_delta_axis(model, sizes.shared_axes, spec.name)
     name_by_scope(model, parameters)
+    _sign(model.graph, spec)  # passes may have merged the shape of an output with what they inferred
+    used = [name for name in model.graph.initializers if name in parameters]
     return TracedGraph(
         name=spec.name,
         model=model,
-        initializers={name: name for name in model.graph.initializers if name in parameters},
+        initializers={name: name for name in used},
         inputs=tuple(spec.inputs),
         outputs=tuple(spec.outputs),
-        aliases=_aliases(spec.module, set(model.graph.initializers)),
+        aliases=_aliases(spec.module, used),
     )
 
 
@@ -125,7 +140,7 @@ class _Sizes:
             low, high = math.ceil(axis.min / axis.multiple), axis.max // axis.multiple
             if high <= max(low, 1):
                 raise UnsupportedError(
-                    f"Axis {root!r} ({axis.min} to {axis.max}, multiples of {axis.multiple}) has one size only",
+                    f"Axis {root!r} has one size only: {axis.min} to {axis.max} in steps of {axis.multiple}",
                     "A free axis has at least two",
                     "Raise its maximum, or write the size into the shape",
                 )
@@ -147,7 +162,7 @@ class _Sizes:
     def _size(self, name: str) -> int:
         return 1 if name in self.shared_axes else self.factors[name] * self._units[self._roots[name]]
 
-    def dynamic_shapes(self) -> tuple[Any, ...] | dict[str, Any]:
+    def dynamic_shapes(self) -> tuple[Any, ...]:
         """What ``torch.export.export`` takes; ``*args`` of a forward count as one argument, a tuple."""
         per_input = tuple(
             {
@@ -157,10 +172,10 @@ class _Sizes:
             }
             for t in self._spec.inputs
         )
-        code = self._spec.module.forward.__code__  # type: ignore[union-attr]
-        named = code.co_argcount - 1  # without self
-        if len(per_input) <= named:
+        kinds = [p.kind for p in inspect.signature(self._spec.module.forward).parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
             return per_input
+        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
         return (*per_input[:named], per_input[named:])
 
     def _dim(self, name: str) -> Any:
@@ -242,14 +257,14 @@ def _frozen(spec: GraphSpec, tensor: TensorSpec, axis: str, size: int) -> Unsupp
 
 
 def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> None:
-    """Gives the declared names to inputs, outputs and their axes, and torch's symbols elsewhere the axis' name."""
+    """Gives inputs, outputs and axes their declared names."""
     graph = model.graph
     for value in _values(graph):
         if value.shape is not None:
             value.shape = ir.Shape(
                 [d if isinstance(d, int) else symbols.get(str(d), str(d)) for d in value.shape.dims]
             )
-    # torch gives one value for two outputs that are equal, or that are an input: each output becomes a value of its own.
+    # An output that is an input or another output has the same value in torch; in ONNX it needs its own.
     for index, output in enumerate(list(graph.outputs)):
         seen = {id(value) for value in graph.outputs[:index]}
         if id(output) in seen or output.is_graph_input() or output.is_initializer():
@@ -257,10 +272,16 @@ def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> No
             node.outputs[0].type = output.type
             graph.append(node)
             graph.outputs[index] = node.outputs[0]
+    _sign(graph, spec)
+
+
+def _sign(graph: ir.Graph, spec: GraphSpec) -> None:
+    """Writes the signature, which :func:`_check_program` found to be true, onto inputs and outputs."""
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         for value, tensor in zip(values, tensors):
             value.name = tensor.name
             value.shape = ir.Shape(list(tensor.shape))
+            value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(tensor.dtype)))
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -269,7 +290,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _aliases(module: torch.nn.Module, used: set[str]) -> dict[str, tuple[str, ...]]:
+def _aliases(module: torch.nn.Module, used: Collection[str]) -> dict[str, tuple[str, ...]]:
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -282,24 +303,6 @@ def _aliases(module: torch.nn.Module, used: set[str]) -> dict[str, tuple[str, ..
     }
 
 
-def _first_lines(error: Exception, limit: int = 400) -> str:
+def _excerpt(error: BaseException, limit: int = 400) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[:limit] + " …"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's notes (no torchvision, deprecations) off the terminal; its errors are exceptions."""
-    loggers: Sequence[logging.Logger] = [
-        logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")
-    ]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels):
-                logger.setLevel(level)

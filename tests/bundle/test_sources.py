@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hywu_runtime.errors import CheckpointError
 from safetensors.numpy import save, save_file
 
 from hywu_export.bundle.sources import DTYPE_BYTES, SafetensorsIndex
+from hywu_runtime.errors import CheckpointError
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
