@@ -86,9 +86,6 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         for option in typing.get_args(kind):
             if _json_type_fits(option, value):
                 return decode(option, value, where)
-    elif origin is typing.Literal:
-        if isinstance(value, (str, int)) and not isinstance(value, bool) and value in typing.get_args(kind):
-            return value
     elif not _json_type_fits(kind, value):
         pass
     elif origin is tuple:
@@ -144,6 +141,8 @@ def _json_type_fits(kind: Any, value: Any) -> bool:
     origin = typing.get_origin(kind)
     if origin is typing.Annotated:
         return _json_type_fits(typing.get_args(kind)[0], value)
+    if origin is typing.Literal:
+        return any(type(value) is type(option) and value == option for option in typing.get_args(kind))
     if origin is tuple:
         return isinstance(value, list)
     if origin is Mapping or dataclasses.is_dataclass(kind):
