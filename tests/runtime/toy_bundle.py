@@ -1,7 +1,8 @@
+# ruff: noqa: E501
 """A bundle of a made-up family, in ONNX text and in NumPy.
 
-Two text encoders (one with an attention mask), a generator of one linear delta, an input mask, a carried cache besides the latents, a
-load-phase call, guided and unguided steps. The runtime has never heard of it.
+Two text encoders (one with an attention mask), a generator of one linear delta, an input mask, a carried
+cache besides the latents, a load-phase call, guided and unguided steps. The runtime has never heard of it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+from hywu_runtime.manifest import Manifest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-from hywu_runtime.manifest import Manifest
 
 RANK, WIDTH = 3, 4
 DELTAS = ("mix.lora_A", "mix.lora_B")
@@ -46,8 +46,9 @@ GRAPHS = {
             image = Cast<to=2>(r) }""",
 }
 _STEP = """%s (float[batch, 4, h, w] latents, float[batch, 4, h, w] source, float[batch, 1, h, w] region, float[batch, 4] words,
-        float[batch, 4] base, float[batch, 4] cache, float t, float[4] c, float[batch, 4, h, w] noise, float[d, 3, 4] a, float[d, 4, 3] b,
-        float[batch] gate%s) => (float[batch, 4, h, w] next, float[batch, 4] next_cache)
+        float[batch, 4] base, float[batch, 4] cache, float t, float[4] c, float[batch, 4, h, w] noise,
+        float[d, 3, 4] a, float[d, 4, 3] b, float[batch] gate%s) => (float[batch, 4, h, w] next, float[batch,
+        4] next_cache)
     <float[4, 4] mix> {
         x = Transpose<perm=[0, 2, 3, 1]>(latents) bs = Shape(x) flat = Reshape(x, rows)
         y0 = MatMul(flat, mix) at = Transpose<perm=[0, 2, 1]>(a) low = MatMul(flat, at) g = Unsqueeze(gate, rest) gated = Mul(low, g)
@@ -117,7 +118,10 @@ def tokenizer() -> Tokenizer:
 def schedule(sampler_rows: int = 1) -> dict[str, np.ndarray]:
     """Sampler ``even`` takes 1 to 5 steps, ``wild`` 2 to 4 and makes 2N-1 rows with noise."""
     tables: dict[str, np.ndarray] = {}
-    for name, counts, rows_of in (("even", range(1, 6), lambda n: n), ("wild", range(2, 5), lambda n: 2 * n - 1)):
+    for name, counts, rows_of in (
+        ("even", range(1, 6), lambda n: n),
+        ("wild", range(2, 5), lambda n: 2 * n - 1),
+    ):
         rng = np.random.default_rng(len(name))
         offsets, total = [0], 0
         for n in range(6):
@@ -145,7 +149,10 @@ def manifest_dict(files: dict[str, Any]) -> dict[str, Any]:
                 {
                     "name": v.name,
                     "dtype": dtypes[v.type.tensor_type.elem_type],
-                    "shape": [axes.get(d.dim_param, d.dim_param) or d.dim_value for d in v.type.tensor_type.shape.dim],
+                    "shape": [
+                        axes.get(d.dim_param, d.dim_param) or d.dim_value
+                        for d in v.type.tensor_type.shape.dim
+                    ],
                 }
                 for v in side
             ]
@@ -261,7 +268,7 @@ def rewrite(path: Path, change: Any) -> None:
 
 def token_ids(text: str, length: int, pad: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    to_unicode = {b: c for b, c in _bytes_to_unicode().items()}
+    to_unicode = _bytes_to_unicode()
     ids = [alphabet.index(to_unicode[b]) for b in text.encode()][:length]
     fill, one = [pad] * (length - len(ids)), [1] * len(ids)
     zero = [0] * len(fill)
@@ -276,8 +283,17 @@ def _bytes_to_unicode() -> dict[int, str]:
 
 
 def reference(
-    image: np.ndarray, prompt: str, region: np.ndarray, noise: np.ndarray, *, sampler: str = "even", steps: int = 3,
-    guidance: float = 2.0, gate: float = 1.0, step_noise: np.ndarray | None = None, deltas: Any = None,
+    image: np.ndarray,
+    prompt: str,
+    region: np.ndarray,
+    noise: np.ndarray,
+    *,
+    sampler: str = "even",
+    steps: int = 3,
+    guidance: float = 2.0,
+    gate: float = 1.0,
+    step_noise: np.ndarray | None = None,
+    deltas: Any = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """One sample of the program in NumPy: the picture and the deltas. ``noise`` is the unit initial noise [4, h, w]."""
     w, table = weights(), schedule()
@@ -299,7 +315,11 @@ def reference(
         flat = x.transpose(1, 2, 0)
         y = flat @ w["mix"] + gate * (flat @ a.T) @ b.T
         condition = (base + guidance * (words - base) if guidance > 1 else words) + cache
-        m = np.tanh(y.transpose(2, 0, 1) * region * table[f"{sampler}.timesteps"][row] + source + condition[:, None, None])
+        m = np.tanh(
+            y.transpose(2, 0, 1) * region * table[f"{sampler}.timesteps"][row]
+            + source
+            + condition[:, None, None]
+        )
         c = table[f"{sampler}.coefficients"][row]
         x = c[1] * x + c[2] * m + (c[3] * step_noise[k] if step_noise is not None else 0)
         cache = 0.5 * cache + m.mean((1, 2))

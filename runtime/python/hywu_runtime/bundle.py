@@ -47,8 +47,8 @@ class Bundle:
             verify: compare the SHA-256 of every file too; sizes are always compared.
             sources: for a bundle with linked weights, source id to the checkpoint's directory.
         Raises:
-            BundleError: the manifest is invalid, or a file is missing, of another size or hash, or outside the bundle; a linked
-                checkpoint is not the one that was exported.
+            BundleError: the manifest is invalid, or a file is missing, of another size or hash, or outside
+                the bundle; a linked checkpoint is not the one that was exported.
             InputError: ``sources`` names a source that the bundle does not have.
         """
         root = Path(path)
@@ -94,7 +94,7 @@ class Bundle:
         return self.manifest.graphs[graph].file
 
     def initializers(self, graph_file: str) -> dict[str, Weight]:
-        """The linked initializers of a graph, memory-mapped: name to weight. Keep them as long as the session lives.
+        """The linked initializers of a graph, memory-mapped. Keep them as long as the session lives.
 
         Raises:
             BundleError: the root of a source was not given.
@@ -123,8 +123,9 @@ class Bundle:
 
     def _source_file(self, source: str, path: str) -> Path:
         if source not in self.sources:
+            name = self.manifest.sources[source].name
             raise BundleError(
-                f"The weights of this bundle are linked to source {show(source)} ({show(self.manifest.sources[source].name)})",
+                f"The weights of this bundle are linked to source {show(source)} ({show(name)})",
                 "Expected the directory of that checkpoint",
                 f"Give it: sources={{{source!r}: DIRECTORY}}, or --source {source}=DIRECTORY",
             )
@@ -150,7 +151,7 @@ class Bundle:
 
 
 def header_sha256(path: Path) -> str:
-    """SHA-256 of a safetensors file's header: its first 8 bytes (the length n, little-endian) and the n bytes of JSON after them."""
+    """SHA-256 of a safetensors header: 8 bytes (n, little-endian) and the n bytes of JSON after them."""
     with path.open("rb") as stream:
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")

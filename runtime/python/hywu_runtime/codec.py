@@ -1,8 +1,9 @@
 """JSON to frozen dataclasses and back, driven by the dataclasses' own type hints.
 
-A field's type says what JSON it takes: ``int``, ``float``, ``str``, ``bool``, ``X | None``, ``tuple[X, ...]``, ``Mapping[str, X]``,
-``Literal[...]``, another dataclass, or a union of these that differ in JSON type. ``Annotated[X, Rule(...)]`` narrows
-the values. ``field(metadata={"key": ...})`` gives the JSON key where it is a Python keyword.
+A field's type says what JSON it takes: ``int``, ``float``, ``str``, ``bool``, ``X | None``,
+``tuple[X, ...]``, ``Mapping[str, X]``, ``Literal[...]``, another dataclass, or a union of these that differ in
+JSON type. ``Annotated[X, Rule(...)]`` narrows the values; ``field(metadata={"key": ...})`` names a key that
+Python reserves.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 
 def encode(value: Any) -> Any:
     """The inverse of :func:`decode`: plain JSON values, fields in declaration order, defaults left out."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             key: encode(getattr(value, name))
             for name, (key, _, default) in _fields(type(value)).items()
@@ -177,7 +178,7 @@ def _decode_object(kind: Any, value: dict[str, Any], where: str) -> Any:
 
 
 @functools.cache
-def _fields(kind: Any) -> dict[str, tuple[str, Any, Any]]:
+def _fields(kind: type) -> dict[str, tuple[str, Any, Any]]:
     """Field name to (JSON key, type, default or MISSING)."""
     hints = typing.get_type_hints(kind, include_extras=True)
     result = {}

@@ -1,7 +1,8 @@
 """Sets of low-rank weight deltas: in memory, in files, combined.
 
-A target module has ``<module>.lora_A`` ``[D, r, in]`` (convolution ``[D, r, in, kh, kw]``) and ``<module>.lora_B`` ``[D, out, r]``, any scale
-already in B. D is 1, one set for the batch, or the batch, one set per sample.
+A target module has ``<module>.lora_A`` ``[D, r, in]`` (convolution ``[D, r, in, kh, kw]``) and
+``<module>.lora_B`` ``[D, out, r]``, any scale already in B. D is 1, one set for the batch, or the batch, one
+set per sample.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Deltas(Mapping[str, Array]):
     Args:
         tensors: name to floating-point array; converted to float32.
     Raises:
-        DeltaError: a name does not end in ``.lora_A`` or ``.lora_B``, or a tensor is not floating-point with at least 3 axes.
+        DeltaError: a name does not end in ``.lora_A`` or ``.lora_B``, or a tensor is not floating-point with
+            at least 3 axes.
     """
 
     def __init__(self, tensors: Mapping[str, npt.NDArray[Any]]):
@@ -91,7 +93,7 @@ class Deltas(Mapping[str, Array]):
         try:
             with safe_open(path, framework="numpy") as stream:
                 metadata = stream.metadata() or {}
-            entries = deserialize(Path(path).read_bytes())
+            entries: list[Any] = deserialize(Path(path).read_bytes())  # type: ignore[no-untyped-call]
         except Exception as error:  # safetensors' own exception among others
             raise DeltaError(
                 f"{path} cannot be read as deltas: {error}",
@@ -125,8 +127,8 @@ class Deltas(Mapping[str, Array]):
             parts: sets of the same targets, with finite weights.
             max_rank: the largest rank that the result may have, a bundle's ``deltas.rank``.
         Raises:
-            DeltaError: nothing to blend, targets differ, batches differ, a weight is not finite, or the ranks add up to more
-                than ``max_rank``.
+            DeltaError: nothing to blend, targets differ, batches differ, a weight is not finite, or the
+                ranks add up to more than ``max_rank``.
         """
         if not parts:
             raise DeltaError("There is nothing to blend", "Expected at least one set of deltas", "Give one")

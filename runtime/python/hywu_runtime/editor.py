@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from hywu_runtime.backends import Backend, create_backend
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.codec import show
 from hywu_runtime.deltas import Deltas
-from hywu_runtime.errors import DeltaError, InputError, UnsupportedError
+from hywu_runtime.errors import BundleError, DeltaError, InputError, UnsupportedError
 from hywu_runtime.images import Photo, Pixels, Size, load_photo
 from hywu_runtime.manifest import ImagePolicy
 from hywu_runtime.noise import normal
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Array = npt.NDArray[Any]
-Cancel = Union[Callable[[], object], threading.Event]
-Scale = Union[float, Sequence[float]]
+Cancel: TypeAlias = Callable[[], object] | threading.Event
+Scale: TypeAlias = float | Sequence[float]
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ _log = logging.getLogger(__name__)
 class Limits:
     """What an editor accepts.
 
-    ``steps``: sampler to its step counts. ``guidance``: scale to its default. ``rank``: the largest rank of deltas, 0 without deltas.
+    ``steps``: sampler to its step counts. ``guidance``: scale to its default. ``rank``: the largest rank of
+    deltas, 0 without deltas.
     """
 
     batch: tuple[int, int]
@@ -188,8 +189,9 @@ class Editor:
         """
         return self.edit_batch(
             [(photo, prompt)], negative_prompt=negative_prompt, steps=steps, seed=seed, guidance=guidance,
-            image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas, sampler=sampler, size=size,
-            noise=noise, latents=latents, inputs=inputs, output=output, progress=progress, cancel=cancel,
+            image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas, sampler=sampler,
+            size=size, noise=noise, latents=latents, inputs=inputs, output=output, progress=progress,
+            cancel=cancel,
         )[0]  # fmt: skip
 
     def edit_batch(
@@ -212,23 +214,29 @@ class Editor:
         progress: Callable[[int, int], object] | None = None,
         cancel: Cancel | None = None,
     ) -> list[Image.Image] | list[Pixels]:
-        """Edits photographs in one batch, each with its own deltas. Where a sequence is taken, it has one entry per photograph.
+        """Edits photographs in one batch, each with its own deltas.
+
+        Where a sequence is taken, it has one entry per photograph.
 
         Args:
-            requests: (photo, instruction) pairs. All photos are brought to one working size: ``size``, or the first photo's.
+            requests: (photo, instruction) pairs. All photos are brought to one working size: ``size``, or
+                the first photo's.
             negative_prompt: what guidance leads away from.
             steps: step count; None is the bundle's default.
-            seed: 0 to 2**64 - 1. One seed gives each sample noise of its own; from a sequence, sample i is what ``seed[i]`` alone gives.
-            guidance: the scale named ``text``, or a mapping of names to scales; None is the bundle's default. All samples
-                run guided if the scales ask for it.
+            seed: 0 to 2**64 - 1. One seed gives each sample noise of its own; from a sequence, sample i is
+                what ``seed[i]`` alone gives.
+            guidance: the scale named ``text``, or a mapping of names to scales; None is the bundle's
+                default. All samples run guided if the scales ask for it.
             image_guidance: the scale named ``image``.
             delta_strength: 1 is as generated, 0 the base model.
-            deltas: use these and do not run the generator; one set for all, a set for the batch, or one set per photo.
+            deltas: use these and do not run the generator; one set for all, a set for the batch, or one set
+                per photo.
             sampler: one of the bundle's; None is its default.
             size: ``"512x384"``, (width, height), or one number for a square.
             noise: float32 ``[evaluations, batch, …]``, in place of the random numbers of the steps.
             latents: float32 ``[batch, …]``, in place of the initial random numbers; standard deviation 1.
-            inputs: values for tensors of the program, by name: those with source ``input``, or intermediate results.
+            inputs: values for tensors of the program, by name: those with source ``input``, or intermediate
+                results.
             output: ``pil`` or ``array`` (uint8 ``[H, W, 3]``).
             progress: called with (evaluations done, evaluations in all).
             cancel: a function or ``threading.Event``; asked before every graph and step.
@@ -284,11 +292,13 @@ class Editor:
         """The deltas that an edit of ``photo`` with ``prompt`` would use.
 
         Args:
-            photo, prompt, size: as in :meth:`edit`; not needed where ``inputs`` stands in for what is made of them.
-            inputs: values for tensors of the program, by name, for example ``condition`` of a bundle that is a generator alone.
-                Their batch is that of the deltas.
+            photo, prompt, size: as in :meth:`edit`; not needed where ``inputs`` stands in for what is made
+                of them.
+            inputs: values for tensors of the program, by name, for example ``condition`` of a bundle that is
+                a generator alone. Their batch is that of the deltas.
         Raises:
-            InputError, DeltaError, UnsupportedError, BundleError, EngineError, DeviceError: as :meth:`edit_batch`.
+            InputError, DeltaError, UnsupportedError, BundleError, EngineError, DeviceError: as
+                :meth:`edit_batch`.
         """
         wanted = self._manifest.results.deltas
         if not wanted:
@@ -310,7 +320,7 @@ class Editor:
         return deltas
 
     def warm_up(self) -> None:
-        """Loads the graphs that a default request needs and, unless it needs inputs that only a caller has, runs it once on a gray photo."""
+        """Loads what a default request needs, and runs one on a gray photo if no input is missing."""
         m = self._manifest
         guided = bool(m.guidance) and all(g.satisfied(g.default) for g in m.guidance)
         plan = make_plan(
@@ -355,10 +365,8 @@ class Editor:
             raise InputError(
                 f"The batch has {count} photos", f"This bundle takes {low} to {high}", "Split the batch"
             )
-        if isinstance(seed, Iterable):
-            seeds = [(_seed(s), 0) for s in _per_sample("seed", seed, count)]
-        else:
-            seeds = [(_seed(seed), i) for i in range(count)]
+        alone = not isinstance(seed, Iterable)
+        seeds = [(_seed(s), i if alone else 0) for i, s in enumerate(_per_sample("seed", seed, count))]
         return _Samples(
             pixels=self._pixels([photo for photo, _ in pairs], size),
             texts={
@@ -410,7 +418,7 @@ class Editor:
         }
 
     def _given(self, inputs: Mapping[str, Array] | None, latents: Array | None) -> dict[str, Array]:
-        """Tensors that the caller gives under their names; deltas and per-step tensors have arguments of their own."""
+        """Tensors that the caller gives by name: no deltas, and nothing that changes from step to step."""
         m = self._manifest
         given = {name: np.asarray(array) for name, array in (inputs or {}).items()}
         late = {name for call in m.program if call.phase == "step" for name in m.writes(call).values()}
@@ -441,7 +449,7 @@ class Editor:
     def _batch_of(self, given: Mapping[str, Array]) -> int:
         for name, array in given.items():
             if self._manifest.signatures[name].shape[:1] == ("batch",) and array.ndim:
-                return array.shape[0]
+                return len(array)
         return 1
 
     def _checked(self, deltas: Deltas | Sequence[Deltas], batch: int) -> dict[str, Array]:
@@ -529,8 +537,6 @@ class Editor:
             elif tensor.column == "coefficients" and rows is not None:
                 per_step[name] = _row(rows.coefficients)
                 if (rows.coefficients.shape[1],) != tensor.shape:
-                    from hywu_runtime.errors import BundleError
-
                     raise BundleError(
                         f"The schedule has {rows.coefficients.shape[1]} coefficients",
                         f"Expected {list(tensor.shape)}, as tensor {show(name)}",
@@ -611,7 +617,7 @@ def _per_sample(name: str, value: T | Iterable[T], count: int) -> list[T]:
                 "Correct it",
             )
         return values
-    return [value] * count  # type: ignore[list-item]
+    return [value] * count
 
 
 def _seed(seed: object) -> int:

@@ -35,8 +35,8 @@ def parse_size(size: Size, policy: ImagePolicy) -> tuple[int, int]:
     Raises:
         InputError: not a size, or not a multiple within the policy's limits.
     """
-    width: object
-    height: object
+    width: Any
+    height: Any
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*[x×,]\s*(\d{1,6}))?\s*", size, re.ASCII)
         width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -46,17 +46,17 @@ def parse_size(size: Size, policy: ImagePolicy) -> tuple[int, int]:
         width = height = size
     for side in (width, height):
         sound = isinstance(side, (int, np.integer)) and not isinstance(side, bool)
-        if not sound or not policy.min <= side <= policy.max or side % policy.multiple:  # type: ignore[operator]
+        if not sound or not policy.min <= side <= policy.max or side % policy.multiple:
             raise InputError(
                 f"The size {show(size)} cannot be used",
-                f"This bundle takes sides from {policy.min} to {policy.max} pixels that are multiples of {policy.multiple}",
+                f"Expected sides from {policy.min} to {policy.max} pixels, multiples of {policy.multiple}",
                 "Give WIDTHxHEIGHT, or no size to keep the photo's aspect",
             )
-    return int(width), int(height)  # type: ignore[call-overload]
+    return int(width), int(height)
 
 
 def working_size(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
-    """The (width, height) at which a photo is edited when no size is asked for; see *Image sizes* in docs/bundle.md."""
+    """The (width, height) at which a photo is edited by default; see *Image sizes* in docs/bundle.md."""
     scale = min(math.sqrt(policy.default_area / (width * height)), 1.0)
     if min(width, height) * scale < policy.min:
         scale = policy.min / min(width, height)
@@ -72,11 +72,12 @@ def working_size(width: int, height: int, policy: ImagePolicy) -> tuple[int, int
 def load_photo(photo: Photo, policy: ImagePolicy | None = None, size: Size | None = None) -> Pixels:
     """A photograph as uint8 RGB ``[H, W, 3]``, upright; with a ``policy``, at the working size.
 
-    EXIF orientation is applied, transparency is composited on white, animations give their first frame, 16-bit images
-    their upper 8 bits.
+    EXIF orientation is applied, transparency is composited on white, animations give their first frame,
+    16-bit images their upper 8 bits.
 
     Args:
-        photo: a path, the bytes of a file, a PIL image, or an array uint8 or uint16 ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` or ``[H, W, 4]``.
+        photo: a path, the bytes of a file, a PIL image, or an array uint8 or uint16 ``[H, W]``, ``[H, W,
+            1]``, ``[H, W, 3]`` or ``[H, W, 4]``.
         policy: the manifest's ``image``.
         size: with a policy, an explicit size; see :func:`parse_size`.
     Raises:
@@ -112,7 +113,8 @@ def load_photo(photo: Photo, policy: ImagePolicy | None = None, size: Size | Non
                 width, height = height, width
             target = _target(width, height, policy, size)
             if target is not None and image.format == "JPEG":
-                # Decodes at a fraction of the size, never below twice the working size: a large photo costs little memory.
+                # Decodes at a fraction of the size, never below twice the working size: a large photo costs
+                # little memory.
                 image.draft("RGB", (2 * max(target), 2 * max(target)))
             pixels = _to_rgb(ImageOps.exif_transpose(image))
     except InputError:

@@ -1,7 +1,8 @@
 """The manifest of a bundle: typed, validated, and written back deterministically.
 
-``docs/bundle.md`` says what every section means. The dataclasses here have the same names for the same things. Reading is strict: what
-a bundle may say is decided in one place, here and in :mod:`hywu_runtime.validation`, so that nothing behind it checks again.
+``docs/bundle.md`` says what every section means. The dataclasses here have the same names for the same
+things. Reading is strict: what a bundle may say is decided in one place, here and in
+:mod:`hywu_runtime.validation`, so that nothing behind it checks again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_DIMENSION = 2**31 - 1
 
 
 def is_safe_path(path: str) -> bool:
-    """Whether ``path`` is relative, normal and portable: it cannot leave the directory it is resolved against."""
+    """Whether ``path`` is relative, normal and portable, so that it cannot leave its directory."""
     return (
         len(path) <= 1024
         and not re.search(r'[\x00-\x1f\x7f\\:*?"<>|]', path)
@@ -42,7 +43,7 @@ Name: TypeAlias = Annotated[str, Rule("a name of 1 to 512 printable characters",
 FilePath: TypeAlias = Annotated[
     str,
     Rule(
-        "a relative path with `/` between parts, without `..`, `.`, empty parts, drive letters or backslashes",
+        "a relative path with `/` between parts, without `..`, `.`, empty parts, drives or backslashes",
         is_safe_path,
     ),
 ]
@@ -91,7 +92,7 @@ class File:
 
 @dataclass(frozen=True)
 class Axis:
-    """A dynamic axis: either limits (``min``, ``max``, ``multiple``, ``one_or``), or ``of``/``divide`` of another axis."""
+    """A dynamic axis: limits (``min``, ``max``, ``multiple``, ``one_or``), or ``of`` another, ``divide``d."""
 
     min: Size | None = None
     max: Size | None = None
@@ -145,7 +146,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a graph. ``inputs`` and ``outputs`` map the graph's names to tensors; others keep their name."""
+    """One use of a graph. ``inputs``, ``outputs``: the graph's name to tensor; others keep their name."""
 
     graph: Name
     phase: Phase
@@ -206,7 +207,7 @@ class Schedules:
 
 @dataclass(frozen=True)
 class Guidance:
-    """A guidance scale. A scale satisfies its condition if it is above ``above``, or at least ``at_least``."""
+    """A guidance scale, in effect if it is above ``above``, or at least ``at_least``."""
 
     name: Name
     default: float
@@ -309,7 +310,7 @@ class LinkedTensor:
 
 @dataclass(frozen=True)
 class GraphSet:
-    """Files that stand in for the graphs' own: a variant's or an engine's. Graphs not named keep their file."""
+    """Files in place of the graphs' own: a variant's or an engine's. Graphs not named keep their file."""
 
     graphs: Mapping[Name, FilePath]
 
@@ -364,8 +365,9 @@ class Manifest:
             with path.open("rb") as stream:
                 text = stream.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise BundleError(
-                f"No bundle can be read at {codec.show(str(path), 300)}: {getattr(error, 'strerror', None) or error}",
+                f"No bundle can be read at {codec.show(str(path), 300)}: {reason}",
                 f"Expected a directory with a {FILE_NAME}",
                 "Check the path, or make a bundle with `hywu export`",
             ) from None
@@ -411,7 +413,7 @@ class Manifest:
         validate(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; keys with their default value are left out. ``from_dict`` gives back an equal manifest."""
+        """Plain JSON values, without keys at their default; ``from_dict`` gives an equal manifest back."""
         result: dict[str, Any] = codec.encode(self)
         return result
 

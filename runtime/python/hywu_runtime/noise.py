@@ -1,7 +1,7 @@
 """Standard normal numbers that are the same in every language.
 
-Philox 4×32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in counter mode, then Box–Muller
-in float64 and one rounding to float32. ``docs/bundle.md`` gives the keys and counters.
+Philox 4×32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in counter mode, then
+Box–Muller in float64 and one rounding to float32. ``docs/bundle.md`` gives the keys and counters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Executes a manifest's program: calls, phases, carried state. It knows no model, and touches no number.
 
-:func:`make_plan` decides what must run for the wanted tensors; :class:`Executor` holds sessions and buffers and runs a plan.
+:func:`make_plan` decides what must run for the wanted tensors; :class:`Executor` holds sessions and buffers
+and runs a plan.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ class Request:
 
 @dataclass
 class Timings:
-    """Seconds of the last run. ``graphs``: by graph, without the step phase; ``steps``: one entry per evaluation; ``load``: loading graphs."""
+    """Seconds of the last run.
+
+    ``graphs``: by graph, without the step phase. ``steps``: by evaluation. ``load``: loading graphs.
+    """
 
     graphs: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
@@ -98,8 +102,8 @@ class Timings:
     total: float = 0.0
 
 
-# The buffers of one name: its own; zeros, for an initial state; two that the steps write in turn, for a carried tensor; and one
-# for what a call makes although the caller has given it.
+# The buffers of one name: its own; zeros, for an initial state; two that the steps write in turn, for a
+# carried tensor; and one for what a call makes although the caller has given it.
 _OWN, _ZEROS, _EVEN, _ODD, _SPARE = range(5)
 Slot = tuple[str, int]
 
@@ -120,11 +124,13 @@ _AFTER = (_Turn(_EVEN, _EVEN), _Turn(_ODD, _ODD))  # by the parity of the last e
 class Executor:
     """Holds a bundle's sessions and buffers. Not for several threads at once.
 
-    Buffers and bindings stay as they are from request to request while the plan and the axes do; only their content goes.
+    Buffers and bindings stay as they are from request to request while the plan and the axes do; only their
+    content goes.
 
     Args:
         bundle, backend, variant: what to run, and on what.
-        low_memory: keep only the session that runs (in the step phase: those of the steps), and load it anew each time.
+        low_memory: keep only the session that runs (in the step phase: those of the steps), and load it anew
+            each time.
     """
 
     def __init__(
@@ -244,7 +250,7 @@ class Executor:
         self.timings.graphs[graph] = self.timings.graphs.get(graph, 0.0) + time.perf_counter() - start
 
     def _binding(self, index: int, turn: _Turn, keep: bool = False) -> Binding:
-        """A call bound to the buffers of a turn. In low-memory mode, unless ``keep``, all other sessions go first."""
+        """A call bound to a turn's buffers. In low-memory mode other sessions go first, unless ``keep``."""
         binding = self._bindings.get((index, turn))
         if binding is None:
             call = self._manifest.program[index]
@@ -363,7 +369,7 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
 def _mismatch(name: str, array: Array, signature: Value) -> InputError:
     return InputError(
         f"Tensor {show(name)} is {array.dtype} {list(array.shape)}",
-        f"Expected {signature.dtype} [{', '.join(map(str, signature.shape))}], with the same size for an axis everywhere",
+        f"Expected {signature.dtype} [{', '.join(map(str, signature.shape))}], an axis of one size everywhere",
         "Correct the array",
     )
 

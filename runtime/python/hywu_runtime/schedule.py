@@ -1,4 +1,4 @@
-"""The schedule tables: what one evaluation of the denoiser is told and how its output enters the next latents."""
+"""The schedule tables: what each evaluation of the denoiser is told, and what is made of its output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Rows:
-    """One request's part of a table: ``timesteps [n]``, ``coefficients [n, K]``, ``initial_scale []``, all float32."""
+    """A request's rows, float32: ``timesteps [n]``, ``coefficients [n, K]``, ``initial_scale []``."""
 
     sampler: str
     steps: int
@@ -95,7 +95,8 @@ class Schedule:
             sampler: a sampler of the bundle; None is its default.
             steps: the step count; None is the bundle's default, or the nearest that ``sampler`` takes.
         Raises:
-            InputError: the bundle has no such sampler, or the sampler refuses the count; the message names what it takes.
+            InputError: the bundle has no such sampler, or the sampler refuses the count; the message names
+                what it takes.
         """
         name = self.section.default if sampler is None else sampler
         if not isinstance(name, str) or name not in self._tables:

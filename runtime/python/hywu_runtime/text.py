@@ -45,10 +45,11 @@ class PromptEncoder:
             ) from None
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Token ids and attention mask, both int64 ``[len(texts), max_length]``; longer texts are cut with a warning.
+        """Token ids and attention mask, both int64 ``[len(texts), max_length]``; cutting a text is warned of.
 
         Raises:
-            InputError: a text is not a string of valid Unicode, is absurdly long, or too long where the bundle does not cut.
+            InputError: a text is not a string of valid Unicode, is absurdly long, or too long where the
+                bundle does not cut.
         """
         for text in texts:
             check_text(text)

@@ -1,6 +1,7 @@
 """What makes a manifest consistent: references, axes, and the data flow of its program.
 
-Everything is a dictionary look-up per reference: time is linear in the size of the manifest, whatever it says.
+Everything is a dictionary look-up per reference: time is linear in the size of the manifest, whatever it
+says.
 """
 
 from __future__ import annotations

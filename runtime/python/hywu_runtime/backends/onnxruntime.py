@@ -32,7 +32,8 @@ def missing(name: str) -> str | None:
         return f"onnxruntime cannot be imported ({error})"
     providers = onnxruntime.get_available_providers()
     if name == "ort-cuda" and "CUDAExecutionProvider" not in providers:
-        return f"onnxruntime {onnxruntime.__version__} has {', '.join(providers)}, not CUDAExecutionProvider (package onnxruntime-gpu)"
+        have = ", ".join(providers)
+        return f"onnxruntime {onnxruntime.__version__} has {have}, not CUDA (onnxruntime-gpu has it)"
     return None
 
 
@@ -113,7 +114,11 @@ class OrtSession:
         self._weights = weights  # ONNX Runtime uses this memory without a copy
 
     def bind(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> OrtBinding:
-        """See :class:`hywu_runtime.backends.Session`. Raises BundleError where the graph is not what the manifest says."""
+        """See :class:`hywu_runtime.backends.Session`.
+
+        Raises:
+            BundleError: the graph is not what the manifest says.
+        """
         for side, given, values in (
             ("input", inputs, self._session.get_inputs()),
             ("output", outputs, self._session.get_outputs()),
