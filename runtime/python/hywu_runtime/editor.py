@@ -350,11 +350,7 @@ class Editor:
         delta_strength: Scale,
         size: Size | None,
     ) -> _Samples:
-        pairs = (
-            list(requests)
-            if isinstance(requests, Iterable) and not isinstance(requests, (str, bytes))
-            else []
-        )
+        pairs = list(requests) if isinstance(requests, (list, tuple)) else []
         if not pairs or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
             raise InputError(
                 "There is no request", "Expected (photo, instruction) pairs", "Give at least one"
@@ -499,7 +495,7 @@ class Editor:
     ) -> dict[str, Array]:
         """Gathers the provided tensors of a plan and runs it."""
         tensors = {name: self._manifest.tensors[name] for name in sorted(plan.provided - given.keys())}
-        values: dict[str, Array] = dict(given)
+        values: dict[str, Array] = {}
         for name, tensor in tensors.items():
             if tensor.source == "image":
                 if len(samples.pixels) != len(samples):
@@ -523,6 +519,7 @@ class Editor:
                 )
             elif tensor.column == "initial_scale" and rows is not None:
                 values[name] = np.asarray(rows.initial_scale)
+        values |= given  # last, so that it is the caller's tensor that is blamed for a size
         axes = resolve_axes(self._manifest, len(samples), values)
         per_step: dict[str, Callable[[int], Array]] = {}
         for name, tensor in tensors.items():

@@ -369,7 +369,7 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
 def _mismatch(name: str, array: Array, signature: Value) -> InputError:
     return InputError(
         f"Tensor {show(name)} is {array.dtype} {list(array.shape)}",
-        f"Expected {signature.dtype} [{', '.join(map(str, signature.shape))}], an axis of one size everywhere",
+        f"Expected {signature.dtype} [{', '.join(map(str, signature.shape))}], one size for an axis",
         "Correct the array",
     )
 

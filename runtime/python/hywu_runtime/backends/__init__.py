@@ -1,8 +1,8 @@
 """What runs graphs.
 
 A backend loads graphs and makes device tensors; a session binds tensors to a graph's inputs and outputs once,
-and the binding runs as often as it is asked. Addresses never change while a binding lives, so that a device may
-capture it.
+and the binding runs as often as it is asked. Addresses never change while a binding lives, so a
+device may capture it.
 """
 
 from __future__ import annotations
