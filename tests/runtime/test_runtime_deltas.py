@@ -70,7 +70,11 @@ def test_stored_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_files_that_are_no_deltas(tmp_path: Path) -> None:
     tensors = {name: torch.from_numpy(tensor.copy()) for name, tensor in random().items()}
     save_file(tensors, tmp_path / "no_mark.safetensors")
-    save_file({"x.lora_A": torch.ones(1, 2, 3, dtype=torch.int32)}, tmp_path / "int.safetensors", {"hywu.deltas": "1"})
+    save_file(
+        {"x.lora_A": torch.ones(1, 2, 3, dtype=torch.int32)},
+        tmp_path / "int.safetensors",
+        {"hywu.deltas": "1"},
+    )
     save_file({"x.weight": torch.ones(1, 2, 3)}, tmp_path / "name.safetensors", {"hywu.deltas": "1"})
     random().save(tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
@@ -100,7 +104,9 @@ def test_saving_nowhere(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 2), st.floats(-3, 3)), min_size=1, max_size=3), st.sampled_from([1, 3]))
+@given(
+    st.lists(st.tuples(st.integers(1, 2), st.floats(-3, 3)), min_size=1, max_size=3), st.sampled_from([1, 3])
+)
 def test_blend_is_the_weighted_sum(parts: list[tuple[int, float]], batch: int) -> None:
     sets = [(random(i, rank, batch if i == 0 else 1), weight) for i, (rank, weight) in enumerate(parts)]
     blended = Deltas.blend(sets, max_rank=6)
@@ -141,7 +147,9 @@ def test_stack_and_select() -> None:
     stacked.check(SPEC, 3)
     for i, deltas in enumerate(sets):
         for target in SPEC.targets:
-            np.testing.assert_array_equal(product(stacked.select(i), target.module), product(deltas, target.module))
+            np.testing.assert_array_equal(
+                product(stacked.select(i), target.module), product(deltas, target.module)
+            )
     for bad in ([], [stacked]):
         with pytest.raises(DeltaError):
             Deltas.stack(bad)

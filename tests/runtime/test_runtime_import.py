@@ -23,11 +23,15 @@ def test_import_is_light() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(hywu_runtime.__file__).parents[1])}
     runs = []
     for _ in range(3):
-        output = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True, env=environment).stdout
+        output = subprocess.run(
+            [sys.executable, "-c", SCRIPT], capture_output=True, check=True, env=environment
+        ).stdout
         runs.append(json.loads(output))
     assert min(run["seconds"] for run in runs) < 0.5
     loaded = {name.partition(".")[0] for name in runs[0]["modules"]}
-    assert loaded.isdisjoint({"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime", "PIL", "tokenizers"})
+    assert loaded.isdisjoint(
+        {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime", "PIL", "tokenizers"}
+    )
 
 
 def test_everything_exported_exists() -> None:

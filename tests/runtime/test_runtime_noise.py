@@ -52,7 +52,9 @@ def scalar(index: int, seed: int, sample: int, draw: int) -> float:
 def test_equals_the_scalar_definition(seed: int, sample: int, draw: int, length: int) -> None:
     numbers = noise.normal((length,), seed, sample, draw)
     for index in {0, length // 2, length - 1}:
-        assert abs(numbers[index] - scalar(index, seed, sample, draw)) <= np.spacing(np.float32(abs(numbers[index])))
+        assert abs(numbers[index] - scalar(index, seed, sample, draw)) <= np.spacing(
+            np.float32(abs(numbers[index]))
+        )
 
 
 def test_chunks_and_shapes_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

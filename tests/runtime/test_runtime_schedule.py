@@ -14,7 +14,9 @@ from hywu_runtime.errors import BundleError, InputError
 from hywu_runtime.manifest import Sampler, Schedules
 from hywu_runtime.schedule import Schedule, ranges
 
-SECTION = Schedules("s.safetensors", "even", 3, {"even": Sampler("Even", (1, 5)), "wild": Sampler("Wild", (2, 4), True)})
+SECTION = Schedules(
+    "s.safetensors", "even", 3, {"even": Sampler("Even", (1, 5)), "wild": Sampler("Wild", (2, 4), True)}
+)
 
 
 def test_rows(tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def load_photo(photo: Photo, policy: ImagePolicy | None = None, size: Size | Non
             image = Image.open(io.BytesIO(photo) if isinstance(photo, (bytes, bytearray)) else photo)
         with _closing(image, photo):
             width, height = image.size
+            if not width or not height:
+                raise InputError(f"{what} has no pixels", "Expected at least one", "Give another photo")
             if width * height > MAX_PIXELS:
                 raise InputError(
                     f"{what} has {width}x{height} pixels", f"Expected at most {MAX_PIXELS}", "Make it smaller"

@@ -168,12 +168,10 @@ class OnnxRuntime:
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._cuda is not None:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": self._cuda}))
+        values = {name: _external(weight) for name, weight in weights.items()}
+        if values:
+            options.add_external_initializers(list(values), [value for value, _ in values.values()])
         try:
-            values = {name: _external(weight) for name, weight in weights.items()}
-            if values:
-                options.add_external_initializers(
-                    list(values), [value._get_c_value() for value, _ in values.values()]
-                )
             session = onnxruntime.InferenceSession(str(file), options, providers=providers)
         except Exception as error:
             raise BundleError(
