@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import toy_bundle
 import torch
-from safetensors.torch import save_file
-from toy_bundle import rewrite, write_bundle
-
+import toy_bundle
 from hywu_runtime import Bundle, Editor
 from hywu_runtime.bundle import header_sha256
 from hywu_runtime.errors import BundleError, InputError
+from safetensors.torch import save_file
+from toy_bundle import rewrite, write_bundle
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_bundle
-from safetensors.numpy import save_file
-
 from hywu_runtime.errors import BundleError, InputError
 from hywu_runtime.manifest import Sampler, Schedules
 from hywu_runtime.schedule import Schedule, ranges
+from safetensors.numpy import save_file
 
 SECTION = Schedules(
     "s.safetensors", "even", 3, {"even": Sampler("Even", (1, 5)), "wild": Sampler("Wild", (2, 4), True)}
@@ -41,7 +40,9 @@ def test_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t: t.pop("even.offsets"), lambda t: t.pop("wild.timesteps"), lambda t: t.update({"even.offsets": t["even.offsets"][:-1]}),
+        lambda t: t.pop("even.offsets"),
+        lambda t: t.pop("wild.timesteps"),
+        lambda t: t.update({"even.offsets": t["even.offsets"][:-1]}),
         lambda t: t.update({"even.offsets": t["even.offsets"][::-1].copy()}),
         lambda t: t.update({"even.offsets": t["even.offsets"].astype(np.float32)}),
         lambda t: t.update({"even.offsets": t["even.offsets"] + 10**9}),
@@ -50,7 +51,7 @@ def test_rows(tmp_path: Path) -> None:
         lambda t: t.update({"even.coefficients": t["even.coefficients"] * np.nan}),
         lambda t: t.update({"even.timesteps": t["even.timesteps"].astype(np.float64)}),
     ],
-)  # fmt: skip
+)
 def test_damaged_tables(tmp_path: Path, change: Any) -> None:
     tables = toy_bundle.schedule()
     change(tables)

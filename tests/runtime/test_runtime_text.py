@@ -8,17 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_bundle import _bytes_to_unicode
-from transformers import CLIPTokenizer
-
 from hywu_runtime.errors import BundleError, InputError
 from hywu_runtime.manifest import Tokenizer
 from hywu_runtime.text import PromptEncoder
+from toy_bundle import _bytes_to_unicode
+from transformers import CLIPTokenizer
 
 PROMPTS = [
-    "", "make it look like an old photograph", "Make it SEPIA!!", "把照片变成老照片", "turn the sky 🌅 purple, 请", "café naïve  double  space",
-    "line\nbreak\ttab", "👩‍👩‍👧‍👦 family", "don't we'll I'm", "1234567 89.5%", "ＦＵＬＬ width", "a" * 500, "日本語 " * 60, "nul\0inside", "e\u0301 é",
-]  # fmt: skip
+    "",
+    "make it look like an old photograph",
+    "Make it SEPIA!!",
+    "把照片变成老照片",
+    "turn the sky 🌅 purple, 请",
+    "café naïve  double  space",
+    "line\nbreak\ttab",
+    "👩‍👩‍👧‍👦 family",
+    "don't we'll I'm",
+    "1234567 89.5%",
+    "ＦＵＬＬ width",
+    "a" * 500,
+    "日本語 " * 60,
+    "nul\0inside",
+    "e\u0301 é",
+]
 
 
 @pytest.fixture(scope="module")

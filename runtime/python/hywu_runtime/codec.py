@@ -2,8 +2,8 @@
 
 A field's type says what JSON it takes: ``int``, ``float``, ``str``, ``bool``, ``X | None``,
 ``tuple[X, ...]``, ``Mapping[str, X]``, ``Literal[...]``, another dataclass, or a union of these that differ
-in JSON type. ``Annotated[X, Rule(...)]`` narrows the values; ``field(metadata={"key": ...})`` names a key that
-Python reserves.
+in JSON type. ``Annotated[X, Rule(...)]`` narrows the values; ``field(metadata={"key": ...})`` names a key
+that Python reserves.
 """
 
 from __future__ import annotations
