@@ -141,6 +141,9 @@ BAD: list[tuple[str, Any, str, bool]] = [
         False,
     ),
     ("state from nowhere", lambda m: m["state"][0].update(next="source"), "state[0].next", False),
+    ("state of nothing", lambda m: m["state"][0].update(next="ghost"), "ghost", False),
+    ("state is a delta", lambda m: m["state"][0].update(tensor="mix.lora_A"), "state[0].tensor", False),
+    ("derived batch", lambda m: m["axes"].update(batch={"of": "height", "divide": 8}), "axes", False),
     ("state initial", lambda m: m["state"][0].update(initial="latents.next"), "initial", False),
     (
         "state initial shape",

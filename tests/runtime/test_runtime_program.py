@@ -558,8 +558,19 @@ def test_graph_that_lies_about_its_shape(tmp_path: Path) -> None:
             v["shape"] = ["batch", 7]
 
     rewrite(tmp_path / "c", change)
-    with Editor.load(tmp_path / "c") as editor, pytest.raises(EngineError, match="marks"):
+    with Editor.load(tmp_path / "c") as editor, pytest.raises(BundleError, match="marks"):
         edit(editor, photo(), "x")
+
+
+def test_graph_that_fails_while_it_runs(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b")
+    rewrite(
+        tmp_path / "b", lambda value: value["tokenizers"]["long"].update(pad_id=300)
+    )  # past the table's end
+    with Editor.load(tmp_path / "b") as editor:
+        with pytest.raises(EngineError, match=r"words\.onnx failed"):
+            edit(editor, photo(), "short")
+        assert edit(editor, photo(), "long enough", guidance=1.0).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_every_damaged_file_gives_our_error(tmp_path: Path) -> None:

@@ -180,6 +180,9 @@ class Executor:
             after = _AFTER[(request.evaluations - 1) % 2]
             self._run_phase(plan.calls["final"], request, after)
             return {name: self._tensor(name, after).read() for name in plan.wanted}
+        except BaseException:
+            self._release()
+            raise
         finally:
             for tensor in self._buffers.values():
                 tensor.wipe()

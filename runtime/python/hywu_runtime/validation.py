@@ -90,6 +90,8 @@ def _files(m: Manifest) -> None:
 
 
 def _axes(m: Manifest) -> None:
+    if "batch" in m.axes and (m.axes["batch"].of is not None or m.axes["batch"].one_or is not None):
+        raise malformed("axes.batch", "depends on another axis", "an axis with limits of its own")
     for name, axis in m.axes.items():
         where = f"axes[{show(name)}]"
         if (
@@ -282,6 +284,15 @@ def _program(m: Manifest) -> None:
             names = {value.name for value in values}
             for key in mapping:
                 _known(f"{where}.{side}", key, names, f"among the {side} of graph {show(call.graph)}")
+    made = {name for call in m.program for name in m.writes(call).values()}
+    for i, state in enumerate(m.state):
+        _known(f"state[{i}].next", state.next, made, "made by a call")
+        if state.tensor in m.tensors or (m.deltas is not None and state.tensor in m.deltas.tensors):
+            raise malformed(
+                f"state[{i}].tensor",
+                f"is {show(state.tensor)}, which has another source",
+                "a name of its own",
+            )
     # Execution order: phase by phase, within a phase in the order of the list.
     order = sorted(range(len(m.program)), key=lambda i: PHASES.index(m.program[i].phase))
     for guided in (False, True):
@@ -392,10 +403,6 @@ def _same(m: Manifest, a: int | str, b: int | str) -> bool:
 def _state(m: Manifest, made: Mapping[str, tuple[Value, int]]) -> None:
     for i, state in enumerate(m.state):
         where = f"state[{i}]"
-        if state.tensor in m.tensors:
-            raise malformed(
-                f"{where}.tensor", f"is {show(state.tensor)}, which `tensors` lists too", "a name of its own"
-            )
         if state.next not in made or m.program[made[state.next][1]].phase != "step":
             raise malformed(
                 f"{where}.next",

@@ -68,7 +68,7 @@ class OrtTensor:
         if self._host is not None:
             np.copyto(self._host, array)
         else:
-            self.value.update_inplace(np.ascontiguousarray(array))
+            self.value.update_inplace(np.asarray(array, order="C"))
 
     def read(self) -> npt.NDArray[Any]:
         host: npt.NDArray[Any] = self._host.copy() if self._host is not None else self.value.numpy()
@@ -123,20 +123,32 @@ class OrtSession:
             ("input", inputs, self._session.get_inputs()),
             ("output", outputs, self._session.get_outputs()),
         ):
-            found = {v.name: (_DTYPES.get(v.type, v.type), len(v.shape)) for v in values}
-            wanted = {name: (tensor.dtype.name, len(tensor.shape)) for name, tensor in given.items()}
-            for name in sorted(found.keys() | wanted.keys()):
-                if found.get(name) != wanted.get(name):
+            found = {v.name: v for v in values}
+            for name in sorted(found.keys() | given.keys()):
+                if name not in given or name not in found or not _takes(found[name], given[name]):
                     raise BundleError(
                         f"{self._label} has for {side} {show(name)}: {_words(found.get(name))}",
-                        f"The manifest says {_words(wanted.get(name))}",
+                        f"The manifest says {_words(given.get(name))}",
                         "Export the bundle again",
                     )
         return OrtBinding(self._session, self._label, inputs, outputs)
 
 
-def _words(signature: tuple[str, int] | None) -> str:
-    return "nothing" if signature is None else f"{signature[0]} with {signature[1]} axes"
+def _takes(value: Any, tensor: DeviceTensor) -> bool:
+    """Whether a graph's input or output, with names for dynamic axes, is of the tensor's dtype and shape."""
+    return (
+        _DTYPES.get(value.type) == tensor.dtype.name
+        and len(value.shape) == len(tensor.shape)
+        and all(a == b for a, b in zip(value.shape, tensor.shape) if isinstance(a, int))
+    )
+
+
+def _words(value: Any) -> str:
+    """A tensor, or a graph's input or output, for messages."""
+    if value is None:
+        return "nothing"
+    dtype = value.dtype.name if isinstance(value, OrtTensor) else value.type
+    return f"{dtype} [{', '.join(map(str, value.shape))}]"
 
 
 class OnnxRuntime:
