@@ -99,15 +99,17 @@ def test_stochastic_sampler_with_more_rows_than_steps(editor: Editor) -> None:
     np.testing.assert_array_equal(given, result)
 
 
-def test_guided_and_unguided_choose_their_calls(editor: Editor, counted: list[str]) -> None:
-    edit(editor, photo(), "x", guidance=1.5)
-    assert counted.count("step") == 3
-    assert "step_plain" not in counted
-    counted.clear()
-    edit(editor, photo(), "x", guidance=1.0)
-    assert counted.count("step_plain") == 3
-    assert "step" not in counted
-    assert counted.count("words") == 1  # the constant prompt is not needed
+def test_guided_and_unguided_choose_their_calls(toy: Path, counted: list[str]) -> None:
+    with Editor.load(toy) as editor:
+        edit(editor, photo(), "x", guidance=1.0)
+        assert counted.count("step_plain") == 3
+        assert "step" not in counted
+        assert counted.count("words") == 1  # the constant prompt is not needed
+        counted.clear()
+        edit(editor, photo(), "x", guidance=1.5)
+        assert counted.count("step") == 3
+        assert "step_plain" not in counted
+        assert counted.count("words") == 2
 
 
 def test_load_phase_runs_once_per_batch_size(toy: Path, counted: list[str]) -> None:
