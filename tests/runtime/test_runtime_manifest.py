@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -224,7 +225,9 @@ def test_text_that_is_no_manifest(tmp_path: Path, text: bytes) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "ghost", "a\0b"):
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/manifest.json")
+    for path in (tmp_path, tmp_path / "ghost", "a\0b", tmp_path / "pipe"):
         with pytest.raises(BundleError):
             Manifest.read(path)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ Array = npt.NDArray[Any]
 Cancel: TypeAlias = Callable[[], object] | threading.Event
 Scale: TypeAlias = float | Sequence[float]
 T = TypeVar("T")
-_log = logging.getLogger(__name__)
+
+MAX_NOISE = 2**30  # far above any latents: what a damaged manifest asks for must not take hours
 
 
 @dataclass(frozen=True)
@@ -596,6 +597,12 @@ class Editor:
 
 
 def _draw(shape: tuple[int, ...], seeds: Sequence[tuple[int, int]], draw: int) -> npt.NDArray[np.float32]:
+    if math.prod(shape) > MAX_NOISE:
+        raise BundleError(
+            f"The bundle asks for {math.prod(shape)} random numbers at once",
+            f"Expected at most {MAX_NOISE}",
+            "Use a smaller size or batch; if it is as small as can be, the bundle is damaged",
+        )
     return np.stack([normal(shape[1:], seed, sample, draw) for seed, sample in seeds])
 
 

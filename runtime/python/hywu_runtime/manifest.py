@@ -362,6 +362,8 @@ class Manifest:
         path = Path(path)
         try:
             path = path / FILE_NAME if path.is_dir() else path
+            if path.exists() and not path.is_file():
+                raise ValueError("not a file")
             with path.open("rb") as stream:
                 text = stream.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:
