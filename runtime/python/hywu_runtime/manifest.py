@@ -117,6 +117,11 @@ class ProvidedTensor:
     column: Literal["initial_scale", "timesteps", "coefficients"] | None = None
     guidance: Name | None = None
 
+    @property
+    def changes(self) -> bool:
+        """Whether the tensor has another value in every step."""
+        return self.draw == "step" or self.column in ("timesteps", "coefficients")
+
 
 @dataclass(frozen=True)
 class Value:
