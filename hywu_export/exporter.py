@@ -129,7 +129,7 @@ class _Job:
         from hywu_export.tracing import trace
 
         traced = trace(graph, self.plan.axes)
-        check(traced, self.plan.axes)
+        check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
         writer.add_graph(traced)
 
     def sections(self, writer: BundleWriter) -> dict[str, object]:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hywu_export.deltas.convert import peft_to_deltas
+    from hywu_export.deltas.injection import Injection, inject
+    from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, generator_paths
 
 _HOMES = {
     "DeltaSpec": "spec",
     "DeltaTarget": "spec",
-    "Injection": "inject",
-    "inject": "inject",
+    "Injection": "injection",
+    "generator_paths": "spec",
+    "inject": "injection",
+    "peft_to_deltas": "convert",
 }
 
-__all__ = list(_HOMES)
+__all__ = ["DeltaSpec", "DeltaTarget", "Injection", "generator_paths", "inject", "peft_to_deltas"]
 
 
 def __getattr__(name: str) -> Any:

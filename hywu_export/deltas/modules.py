@@ -21,7 +21,11 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def target_of(path: str, module: nn.Module, rank: int) -> DeltaTarget:
-    """The target that ``module`` at ``path`` makes with ``rank``. Raises `UnsupportedError` if it takes no deltas."""
+    """The target that ``module`` at ``path`` makes with ``rank``.
+
+    Raises:
+        UnsupportedError: the module takes no deltas.
+    """
     reason = refusal(module)
     if reason is None and isinstance(module, nn.Conv2d):
         kh, kw = module.kernel_size
@@ -38,7 +42,9 @@ def target_of(path: str, module: nn.Module, rank: int) -> DeltaTarget:
 def find(root: nn.Module, path: str, rank: int) -> DeltaTarget:
     """The target at ``path`` of ``root``.
 
-    Raises `CheckpointError` with the nearest names if there is no such module, `UnsupportedError` if it takes no deltas.
+    Raises:
+        CheckpointError: there is no such module; the message has the nearest names.
+        UnsupportedError: it takes no deltas.
     """
     modules = dict(root.named_modules(remove_duplicate=False))
     if path not in modules:
@@ -50,8 +56,9 @@ def find(root: nn.Module, path: str, rank: int) -> DeltaTarget:
 def resolve(root: nn.Module, spec: DeltaSpec) -> dict[str, nn.Module]:
     """The modules of ``spec`` in ``root`` by path, after checking that each is what its target says.
 
-    Raises `CheckpointError` for a module that is missing, of other dimensions, or the same as that of another target,
-    and `UnsupportedError` for one that takes no deltas.
+    Raises:
+        CheckpointError: a module is missing, of other dimensions, or the same as that of another target.
+        UnsupportedError: it takes no deltas.
     """
     found: dict[str, nn.Module] = {}
     owners: dict[int, str] = {}

@@ -29,7 +29,7 @@ class _Sizes(Protocol):
 
 
 class GeneratorTargets(Protocol):
-    """What is asked of a generator's configuration; ``pg_mapping`` holds `_Sizes`, and groups that are refused."""
+    """What is asked of a generator's configuration; what is not `_Sizes` in ``pg_mapping`` is refused."""
 
     @property
     def rank(self) -> int: ...
@@ -46,10 +46,16 @@ class GeneratorTargets(Protocol):
 
 @dataclass(frozen=True)
 class DeltaTarget:
-    """One module that takes a delta of ``rank``: a linear layer or a two-dimensional convolution.
+    """One module that takes a delta: a linear layer or a two-dimensional convolution.
 
-    ``module`` is its path in the base model. Features and kernel (height, width) are those of the base's weight.
-    Raises `DeltaError` for sizes that cannot be.
+    Attributes:
+        module: its path in the base model.
+        in_features, out_features: of the base's weight; channels for a convolution.
+        rank: of the delta.
+        kernel: height and width of a convolution's kernel.
+
+    Raises:
+        DeltaError: a size that cannot be.
     """
 
     module: str
@@ -67,8 +73,8 @@ class DeltaTarget:
         sizes = (self.in_features, self.out_features, self.rank, *self.kernel)
         if min(sizes) < 1 or (self.kind == "linear" and self.kernel != (1, 1)):
             raise DeltaError(
-                f"Delta target {self.module!r} has in {self.in_features}, out {self.out_features}, rank {self.rank}, "
-                f"kernel {self.kernel}",
+                f"Delta target {self.module!r} has in {self.in_features}, out {self.out_features}, "
+                f"rank {self.rank}, kernel {self.kernel}",
                 "Every size is at least 1, and only convolutions have a kernel",
             )
 
@@ -91,7 +97,11 @@ class DeltaTarget:
 
 @dataclass(frozen=True)
 class DeltaSpec:
-    """The targets of one base model, in a fixed order. Raises `DeltaError` if a module appears twice."""
+    """The targets of one base model, in a fixed order.
+
+    Raises:
+        DeltaError: a module is there twice.
+    """
 
     targets: tuple[DeltaTarget, ...]
 
@@ -110,7 +120,7 @@ class DeltaSpec:
         return max((target.rank for target in self.targets), default=0)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all delta tensors by canonical name, in target order, without the leading delta-batch axis."""
+        """Shapes of all delta tensors by name, in target order, without the leading delta-batch axis."""
         return {name: shape for target in self.targets for name, shape in target.tensors().items()}
 
     def to_manifest(self) -> dict[str, Any]:
@@ -133,13 +143,15 @@ class DeltaSpec:
     def from_generator(
         cls, config: GeneratorTargets, targets: str | Path | Mapping[str, str] | None, module: nn.Module
     ) -> DeltaSpec:
-        """The targets of a parameter generator in the base ``module``, layer by layer in the generator's order.
+        """The targets of a parameter generator in the base ``module``, in the generator's order, layer by
+        layer.
 
-        ``targets`` is described at `generator_paths`. A convolution is mapped if the generator's input size is that of
-        its flattened kernel, ``in * kh * kw``; A is then viewed as ``[r, in, kh, kw]``.
+        ``targets`` is as for `generator_paths`. A convolution fits if the generator's input size is that of
+        its flattened kernel, ``in * kh * kw``; A is then to be viewed as ``[r, in, kh, kw]``.
 
-        Raises `UnsupportedError` for expert weights and for modules that take no deltas, and `CheckpointError` for names that
-        do not map one to one, and modules that are missing in ``module`` or have other dimensions.
+        Raises:
+            CheckpointError: names do not map one to one, or a module is missing or has other dimensions.
+            UnsupportedError: the generator makes expert weights, or a module takes no deltas.
         """
         from hywu_export.deltas.modules import find, mismatch
 
@@ -153,6 +165,62 @@ class DeltaSpec:
                 raise mismatch(target, f"{made} under the name {key!r}")
             chosen.append(target)
         return cls(tuple(chosen))
+
+    @classmethod
+    def from_patterns(cls, module: nn.Module, patterns: Sequence[str], max_rank: int) -> DeltaSpec:
+        """Every Linear and ungrouped Conv2d of ``module`` that ``patterns`` match, in the model's order.
+
+        A pattern is a module path, or the end of one from a dot on as in PEFT (``to_q``, ``attn1.to_q``), or
+        either with the wildcards of `fnmatch`, where ``*`` also spans dots (``*.attn?.to_*``). Matched
+        modules that take no deltas, such as the containers that ``*`` matches, are skipped if others remain;
+        one whose very path is the pattern is not.
+
+        Raises:
+            CheckpointError: a pattern matches no module; the message has the nearest names.
+            UnsupportedError: a pattern is the path of a module that takes no deltas, or matches no others.
+        """
+        from hywu_export.deltas.modules import refusal, target_of
+
+        modules = {path: found for path, found in module.named_modules() if path}
+        able = [path for path, found in modules.items() if refusal(found) is None]
+        chosen: set[str] = set()
+        for pattern in patterns:
+            matched = [path for path in modules if _matches(path, pattern)]
+            if not matched:
+                raise CheckpointError(
+                    f"The pattern {pattern!r} matches no module of the base model", "", nearest(pattern, able)
+                )
+            usable = [path for path in matched if path in able]
+            # What takes no deltas is chosen too where skipping it would leave the pattern without effect: an
+            # error below.
+            chosen.update(usable or matched[:1], [pattern] if pattern in modules else [])
+        return cls(
+            tuple(target_of(path, found, max_rank) for path, found in modules.items() if path in chosen)
+        )
+
+    @classmethod
+    def from_peft(cls, path: str | Path, module: nn.Module) -> DeltaSpec:
+        """The modules of ``module`` that the LoRA adapter at ``path`` changes, each with the adapter's rank.
+
+        Raises:
+            CheckpointError: the adapter is damaged or was not made for ``module``.
+            UnsupportedError, DeltaError: as for `hywu_export.deltas.peft_to_deltas`.
+        """
+        from hywu_export.deltas.convert import read_adapter
+        from hywu_export.deltas.modules import dimensions, find, mismatch
+
+        targets = {}
+        for name, pair in read_adapter(path).items():
+            made_for = pair.target(name)
+            target = find(module, name, made_for.rank)
+            if target != made_for:
+                raise mismatch(target, f"the adapter's delta is for {dimensions(made_for)}")
+            targets[name] = target
+        return cls(
+            tuple(
+                targets[name] for name, _ in module.named_modules(remove_duplicate=False) if name in targets
+            )
+        )
 
     @classmethod
     def from_manifest(cls, section: Mapping[str, Any]) -> DeltaSpec:
@@ -177,11 +245,12 @@ def generator_paths(
 ) -> dict[str, str]:
     """Generator name (``<prefix><layer>.<entry>``) to module path of the base, in the generator's order.
 
-    ``targets`` is that mapping, or the path of a ``targets.json`` that holds it as one flat object; None means that
-    generator and base use the same names.
+    ``targets`` is that mapping, or the path of a ``targets.json`` that holds it as one flat object; None
+    means that generator and base use the same names.
 
-    Raises `CheckpointError` if a name is unknown, unmapped, or two names map to one module, and `UnsupportedError` for the expert
-    weights of a mixture.
+    Raises:
+        CheckpointError: a name is unknown or not mapped, two names map to one module, or the file is damaged.
+        UnsupportedError: the generator makes expert weights.
     """
     names = list(_generator_sizes(config))
     if targets is None:
@@ -197,7 +266,9 @@ def generator_paths(
         if not isinstance(path, str):
             raise CheckpointError(f"{source} maps {name!r} to {path!r}", "Expected the path of a module")
         if name not in names:
-            raise CheckpointError(f"{source} maps {name!r}, which the generator does not make", "", nearest(name, names))
+            raise CheckpointError(
+                f"{source} maps {name!r}, which the generator does not make", "", nearest(name, names)
+            )
         if path in owners:
             raise CheckpointError(
                 f"{source} maps both {owners[path]!r} and {name!r} to {path!r}", "A module takes one delta"
@@ -207,9 +278,15 @@ def generator_paths(
     for name in names:
         if name not in paths:
             raise CheckpointError(
-                f"{source} does not map {name!r}", "Every name that the generator makes has a module", "Add it"
+                f"{source} does not map {name!r}",
+                "Every name that the generator makes has a module",
+                "Add it",
             )
     return {name: paths[name] for name in names}
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
 
 
 def _generator_sizes(config: GeneratorTargets) -> dict[str, _Sizes]:
@@ -230,4 +307,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """A sentence with the names that ``name`` may have meant."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:3]
-    return f"The nearest names are {', '.join(map(repr, close))}" if close else "There are no names to choose from"
+    return (
+        f"The nearest names are {', '.join(map(repr, close))}"
+        if close
+        else "There are no names to choose from"
+    )

@@ -53,3 +53,7 @@ class EngineError(HywuError):
 
 class DeviceError(HywuError):
     """The backend or device that was asked for is not there."""
+
+
+class CancelledError(HywuError):
+    """The caller cancelled the request; what ran it can be used again."""

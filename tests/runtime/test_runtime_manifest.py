@@ -1,0 +1,353 @@
+"""Reading, refusing and writing manifests."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import hywu_runtime
+import jsonschema
+import pytest
+import toy_bundle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hywu_runtime import Manifest, codec
+from hywu_runtime.errors import BundleError, HywuError
+from hywu_runtime.manifest import ProvidedTensor, is_safe_path
+
+FILES = {
+    name: {"size": 10, "sha256": "0" * 64}
+    for name in [
+        *(f"{graph}.onnx" for graph in toy_bundle.GRAPHS),
+        "schedule.safetensors",
+        "tokenizer/tokenizer.json",
+    ]
+}
+SCHEMA = json.loads((Path(hywu_runtime.__file__).parent / "manifest.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+def valid() -> dict[str, Any]:
+    value = toy_bundle.manifest_dict(copy.deepcopy(FILES))
+    value["sources"]["toy"]["files"] = {"unet/model.safetensors": {"size": 1000, "header_sha256": "1" * 64}}
+    value["linked"] = {
+        "step.onnx": {
+            "mix": {
+                "source": "toy",
+                "file": "unet/model.safetensors",
+                "offset": 200,
+                "length": 32,
+                "dtype": "bfloat16",
+                "shape": [4, 4],
+            }
+        }
+    }
+    value["variants"] = {"fp16": {"graphs": {"step": "step_plain.onnx"}}}
+    value["x-note"] = {"anything": [1, None]}
+    return value
+
+
+def test_round_trip_is_deterministic(tmp_path: Path) -> None:
+    manifest = Manifest.from_dict(valid())
+    text = manifest.dumps()
+    (tmp_path / "manifest.json").write_text(text)
+    again = Manifest.read(tmp_path)
+    assert again == manifest
+    assert again == Manifest.read(tmp_path / "manifest.json")
+    assert again.dumps() == text
+    VALIDATOR.validate(json.loads(text))
+
+
+def test_schema_is_a_schema_and_takes_the_example() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    VALIDATOR.validate(valid())
+
+
+# Each change, and a word of the message. `schema` says whether a JSON schema can see it too.
+BAD: list[tuple[str, Any, str, bool]] = [
+    ("format 2", lambda m: m.update(format=2), "format 1", True),
+    ("format true", lambda m: m.update(format=True), "format", True),
+    ("no format", lambda m: m.pop("format"), "format", True),
+    ("no axes", lambda m: m.pop("axes"), "`axes` is missing", True),
+    ("unknown key", lambda m: m.update(colour=1), "colour", True),
+    ("unknown key inside", lambda m: m["graphs"]["step"].update(colour=1), "colour", True),
+    ("null", lambda m: m.update(program=None), "program", True),
+    ("string for array", lambda m: m.update(program="x"), "program", True),
+    ("float size", lambda m: m["files"]["step.onnx"].update(size=1.5), "size", True),
+    ("bool size", lambda m: m["files"]["step.onnx"].update(size=True), "size", True),
+    ("negative size", lambda m: m["files"]["step.onnx"].update(size=-1), "size", True),
+    ("huge integer", lambda m: m["files"]["step.onnx"].update(size=10**40), "size", True),
+    ("short hash", lambda m: m["files"]["step.onnx"].update(sha256="ab"), "sha256", True),
+    ("unknown dtype", lambda m: m["tensors"]["gate"].update(dtype="float8"), "dtype", True),
+    ("unknown source", lambda m: m["tensors"]["gate"].update(source="magic"), "source", True),
+    ("unknown phase", lambda m: m["program"][0].update(phase="later"), "phase", True),
+    ("unknown draw", lambda m: m["tensors"]["noise.step"].update(draw="never"), "draw", True),
+    ("unknown kind", lambda m: m["deltas"]["targets"][0].update(kind="lokr"), "kind", True),
+    ("zero dimension", lambda m: m["tensors"]["gate"].update(shape=["batch", 0]), "shape", True),
+    ("nine dimensions", lambda m: m["graphs"]["step"]["inputs"][0].update(shape=[1] * 9), "shape", True),
+    ("axis of both forms", lambda m: m["axes"]["height"].update(of="width", divide=2), "axes", True),
+    ("guidance without condition", lambda m: m["guidance"][0].pop("above"), "guidance", True),
+    ("escape", lambda m: m["graphs"]["step"].update(file="../step.onnx"), "file", True),
+    ("absolute", lambda m: m["graphs"]["step"].update(file="/etc/passwd"), "file", True),
+    ("hidden escape", lambda m: m["files"].update({"a/../../b": FILES["step.onnx"]}), "files", True),
+    ("not listed", lambda m: m["files"].pop("step.onnx"), "step.onnx", False),
+    (
+        "lists itself",
+        lambda m: m["files"].update({"manifest.json": FILES["step.onnx"]}),
+        "manifest.json",
+        False,
+    ),
+    ("undefined graph", lambda m: m["program"][0].update(graph="ghost"), "ghost", False),
+    ("undefined axis", lambda m: m["tensors"]["gate"].update(shape=["batches"]), "batches", False),
+    ("undefined port", lambda m: m["program"][0]["inputs"].update(ghost="gate"), "ghost", False),
+    ("read before made", lambda m: m["program"].insert(0, m["program"].pop(5)), "nothing makes", False),
+    ("never made", lambda m: m["program"][2]["inputs"].update(mask="ghost"), "ghost", False),
+    ("two producers", lambda m: m["program"].append(dict(m["program"][4])), "one producer", False),
+    ("both guided", lambda m: m["program"][7].pop("guided"), "one producer", False),
+    ("overwrites provided", lambda m: m["program"][3]["outputs"].update(latents="gate"), "gate", False),
+    (
+        "dtype differs",
+        lambda m: m["graphs"]["marks"]["inputs"][0].update(dtype="int32"),
+        "equal dtypes",
+        False,
+    ),
+    (
+        "shape differs",
+        lambda m: m["graphs"]["prepare"]["inputs"][2].update(shape=["batch", 5]),
+        "equal shapes",
+        False,
+    ),
+    (
+        "rank differs",
+        lambda m: m["graphs"]["prepare"]["inputs"][2].update(shape=["batch"]),
+        "equal shapes",
+        False,
+    ),
+    ("load reads prompt", lambda m: m["program"][0]["inputs"].update(ids="ids.words"), "load phase", False),
+    (
+        "request reads step",
+        lambda m: m["program"][5]["inputs"].update(noise="noise.step"),
+        "step phase",
+        False,
+    ),
+    (
+        "request reads state",
+        lambda m: m["program"][5]["inputs"].update(words="cache"),
+        "before the steps",
+        False,
+    ),
+    ("state from nowhere", lambda m: m["state"][0].update(next="source"), "state[0].next", False),
+    ("state of nothing", lambda m: m["state"][0].update(next="ghost"), "ghost", False),
+    ("state is a delta", lambda m: m["state"][0].update(tensor="mix.lora_A"), "state[0].tensor", False),
+    ("derived batch", lambda m: m["axes"].update(batch={"of": "height", "divide": 8}), "axes", False),
+    ("state initial", lambda m: m["state"][0].update(initial="latents.next"), "initial", False),
+    (
+        "state initial shape",
+        lambda m: m["state"][1].update(initial={"zeros": ["batch", 3]}),
+        "equal shapes",
+        False,
+    ),
+    ("state twice", lambda m: m["state"].append(m["state"][0]), "state", False),
+    ("no results", lambda m: m.update(results={}), "results", False),
+    ("result not made", lambda m: m["results"].update(image="image"), "results.image", False),
+    ("result of wrong type", lambda m: m["results"].update(image="source"), "uint8", False),
+    ("result no delta", lambda m: m["results"].update(deltas=["source"]), "deltas", False),
+    ("no such sampler", lambda m: m["schedules"].update(default="ghost"), "ghost", False),
+    ("default steps", lambda m: m["schedules"].update(default_steps=99), "default_steps", False),
+    ("no schedules", lambda m: m.pop("schedules"), "schedules", False),
+    ("no such tokenizer", lambda m: m["tensors"]["ids.base"].update(tokenizer="ghost"), "ghost", False),
+    ("wrong text length", lambda m: m["tensors"]["ids.base"].update(shape=["batch", 9]), "shape", False),
+    ("text and constant", lambda m: m["tensors"]["ids.base"].update(text="prompt"), "exactly one", False),
+    ("stray key", lambda m: m["tensors"]["gate"].update(draw="step"), "draw", False),
+    ("mask of no text", lambda m: m["tensors"]["ids.marks.mask"].update(of="gate"), "text", False),
+    ("no such guidance", lambda m: m["tensors"]["guidance.text"].update(guidance="ghost"), "ghost", False),
+    ("guidance twice", lambda m: m["guidance"].append(m["guidance"][0]), "guidance[1]", False),
+    ("gate is none", lambda m: m["deltas"].update(gate="image"), "gate", False),
+    ("target twice", lambda m: m["deltas"]["targets"].append(m["deltas"]["targets"][0]), "repeats", False),
+    ("target rank", lambda m: m["deltas"]["targets"][0].update(rank=4), "rank", False),
+    ("conv without kernel", lambda m: m["deltas"]["targets"][0].update(kind="conv"), "kernel", False),
+    ("axis circle", lambda m: m["axes"].update(height={"of": "latent_height", "divide": 1}), "axes", False),
+    ("indivisible", lambda m: m["axes"]["latent_height"].update(divide=3), "divide", False),
+    ("min above max", lambda m: m["axes"]["batch"].update(min=9), "min", False),
+    ("image is none", lambda m: m["image"].update(tensor="gate"), "image", False),
+    ("image without sizes", lambda m: m["image"].update(min=9, max=15), "multiple", False),
+    ("link to nowhere", lambda m: m["linked"]["step.onnx"]["mix"].update(source="ghost"), "ghost", False),
+    ("link past the end", lambda m: m["linked"]["step.onnx"]["mix"].update(offset=990), "offset", False),
+    ("link length", lambda m: m["linked"]["step.onnx"]["mix"].update(length=33), "length", False),
+    ("link of no graph", lambda m: m["linked"].update({"tokenizer/tokenizer.json": {}}), "linked", False),
+    ("variant graph", lambda m: m["variants"]["fp16"]["graphs"].update(ghost="step.onnx"), "ghost", False),
+    ("licence of nothing", lambda m: m["licences"][0].update(of="ghost"), "ghost", False),
+    ("too large", lambda m: m["graphs"]["step"]["inputs"][0].update(shape=[2**31 - 1] * 8), "shape", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "word", "schema"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+)
+def test_refused(change: Any, word: str, schema: bool) -> None:
+    value = valid()
+    change(value)
+    with pytest.raises(BundleError) as caught:
+        Manifest.from_dict(json.loads(json.dumps(value)))
+    assert word in str(caught.value)
+    assert caught.value.expected
+    assert caught.value.remedy
+    assert VALIDATOR.is_valid(value) is not schema
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b'{"format": NaN}',
+        b'{"format": 1, "format": 1}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"format": ' + b"1" * 10_000 + b"}",
+        b'{"format": 1e999}',
+        b'"\\ud800"',
+        b'{"format": 1}',
+    ],
+)
+def test_text_that_is_no_manifest(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(text)
+    with pytest.raises(BundleError):
+        Manifest.read(tmp_path)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "ghost", "a\0b"):
+        with pytest.raises(BundleError):
+            Manifest.read(path)
+
+
+def test_a_large_program_is_read_in_linear_time() -> None:
+    value = valid()
+    for i in range(20_000):
+        value["program"].insert(
+            4, {"graph": "encode", "phase": "request", "inputs": {}, "outputs": {"latents": f"copy{i}"}}
+        )
+    start = time.perf_counter()
+    Manifest.from_dict(value)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("path", "safe"),
+    [
+        ("a.onnx", True),
+        ("weights/a-b_c.1.safetensors", True),
+        ("..a/b..c", True),
+        ("", False),
+        ("/a", False),
+        ("a/", False),
+        ("a//b", False),
+        ("./a", False),
+        ("a/./b", False),
+        ("..", False),
+        ("a/..", False),
+        ("a\\b", False),
+        ("C:/a", False),
+        ("c:a", False),
+        ("a\0b", False),
+        ("a\nb", False),
+        ("a ", False),
+        ("x" * 2000, False),
+        ("\ud800", False),
+    ],
+)
+def test_safe_paths(path: str, safe: bool) -> None:
+    assert is_safe_path(path) is safe
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    return [path, *(place for key, child in children for place in _places(child, (*path, key)))]
+
+
+PLACES = _places(valid())[1:]
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+    | st.sampled_from(
+        ["batch", "height", "latents", "step", "words", "image", "gate", "..", "load", "final", "float32"]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(PLACES), st.sampled_from(["set", "drop", "copy"]), JSON),
+        min_size=1,
+        max_size=3,
+    ),
+    st.data(),
+)
+def test_mutations_give_a_manifest_or_our_error(
+    changes: list[tuple[Any, str, Any]], data: st.DataObject
+) -> None:
+    value = valid()
+    for place, action, new in changes:
+        holder: Any = value
+        try:
+            for key in place[:-1]:
+                holder = holder[key]
+            if action == "drop":
+                del holder[place[-1]]
+            elif action == "set":
+                holder[place[-1]] = new
+            else:
+                other: Any = value
+                for key in data.draw(st.sampled_from(PLACES)):
+                    other = other[key]
+                holder[place[-1]] = copy.deepcopy(other)
+        except (KeyError, IndexError, TypeError):
+            pass  # an earlier change took the place away
+    try:
+        manifest = Manifest.from_dict(value)
+    except HywuError:
+        return
+    assert Manifest.from_dict(manifest.to_dict()) == manifest
+    VALIDATOR.validate(value)  # the schema is no stricter than the reader
+
+
+def test_examples_of_the_documentation_are_of_the_format() -> None:
+    text = (Path(__file__).parents[2] / "docs/bundle.md").read_text(encoding="utf-8")
+    fields = codec._fields(Manifest)
+    hints = {key: hint for key, hint, _ in fields.values()}
+    seen = set()
+    for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL):
+        for key, value in json.loads("{" + block + "}").items():
+            codec.decode(ProvidedTensor if "source" in value else hints[key], value, key)
+            seen.add(key)
+    assert {
+        "axes",
+        "graphs",
+        "program",
+        "state",
+        "guidance",
+        "schedules",
+        "image",
+        "deltas",
+        "tokenizers",
+        "linked",
+    } <= seen
+    table = set(re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (?:int|str|object|array)", text, re.MULTILINE))
+    documented = {name for row in table for name in re.findall(r"`(\w+)`", row)}
+    assert documented == set(hints)
