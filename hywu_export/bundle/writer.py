@@ -21,7 +21,7 @@ from hywu_export.bundle.weights import (
     TensorLocation,
     WeightsFile,
     WeightSource,
-    header_digest,
+    file_identity,
 )
 from hywu_runtime.errors import BundleError, CheckpointError, UnsupportedError
 
@@ -320,7 +320,7 @@ class BundleWriter:
             )
         file = path.relative_to(source.root).as_posix()
         if file not in source.files:
-            source.files[file] = header_digest(location.file)
+            source.files[file] = file_identity(location.file)
         return {
             "source": weights.source,
             "file": file,
