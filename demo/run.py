@@ -193,31 +193,27 @@ def _times(edits: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.median([s[name] for s in edits if name in s])) for name in names}
 
 
-CELL, GAP, HEAD, MARGIN = 192, 6, 34, 14
-INK, PAPER, FAINT = (28, 28, 30), (255, 255, 255), (120, 120, 126)
+CELL, GAP, CAPTION, MARGIN, COLUMNS = 160, 8, 20, 16, 7
+INK, PAPER = (28, 28, 30), (255, 255, 255)
 
 
 def draw_gallery(cases: Sequence[_Case]) -> Image.Image:
-    """A row for each photograph; columns: source, the edits, deltas off, one edit with another's deltas."""
-    first, second = operations.OPERATIONS[:2]
-    titles = [
-        ("source", ""),
-        *((operation.name, "") for operation in operations.OPERATIONS),
-        ("deltas off", ""),
-        (first.name, f"with the deltas of {second.name}"),
-    ]
-    width = 2 * MARGIN + len(titles) * (CELL + GAP) - GAP
-    height = 2 * MARGIN + HEAD + len(cases) * (CELL + GAP) - GAP
-    sheet = Image.new("RGB", (width, height), PAPER)
+    """Two lines for each photograph: source, the edits, deltas off, two edits with another instruction's deltas."""
+    names = [operation.name for operation in operations.OPERATIONS]
+    followed = dict(zip(names, [*names[1:], names[0]]))
+    wrong = [name for name in ("brighten", "warm") if name in followed]
+    titles = ["source", *names, "deltas off", *(f"{name}, deltas of {followed[name]}" for name in wrong)]
+    lines = -(-len(titles) // COLUMNS)
+    block = lines * (CELL + CAPTION) + GAP
+    size = (2 * MARGIN + COLUMNS * (CELL + GAP) - GAP, 2 * MARGIN + len(cases) * block - GAP)
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    large, small = ImageFont.load_default(17), ImageFont.load_default(12)
-    for column, (title, subtitle) in enumerate(titles):
-        x = MARGIN + column * (CELL + GAP)
-        draw.text((x, MARGIN - 2), title, INK, large)
-        draw.text((x, MARGIN + 18), subtitle, FAINT, small)
-    for line, case in enumerate(cases):
-        pictures = [case.source, *case.edits.values(), case.off, case.wrong[first.name]]
-        for column, pixels in enumerate(pictures):
-            picture = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (MARGIN + column * (CELL + GAP), MARGIN + HEAD + line * (CELL + GAP)))
+    font = ImageFont.load_default(13)
+    for index, case in enumerate(cases):
+        pictures = [case.source, *case.edits.values(), case.off, *(case.wrong[name] for name in wrong)]
+        for cell, (title, pixels) in enumerate(zip(titles, pictures)):
+            x = MARGIN + cell % COLUMNS * (CELL + GAP)
+            y = MARGIN + index * block + cell // COLUMNS * (CELL + CAPTION)
+            sheet.paste(Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
+            draw.text((x, y + CELL + 1), title, INK, font)
     return sheet
