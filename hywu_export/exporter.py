@@ -16,7 +16,7 @@ from hywu_runtime.manifest import Licence, Manifest, Results, Sampler, Schedules
 if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
     from hywu_export.deltas import DeltaSpec
-    from hywu_export.families.base import Family, Plan
+    from hywu_export.families.base import Family, Limits, Plan
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
 
@@ -109,20 +109,14 @@ class _Job:
         self.family = None if base is None else open_base(base)
         self.spec: DeltaSpec | None = None
         self.tables: dict[str, ScheduleTable] = {}
-        if self.family is None:
-            assert self.generator is not None
-            self.plan = self.generator.plan(None, None)
-            self.plan.axes["batch"] = _batch_axis(options.max_batch)
-            return
-        self.spec = _delta_spec(self.family, self.generator, options)
-        self.tables = _schedules(self.family, options)
-        columns = next(iter(self.tables.values())).coefficients.shape[1]
-        area = None if options.size is None else options.size**2
-        limits = Limits(options.max_batch, options.max_size, area)
-        base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
-        self.plan = self.family.plan(self.spec, limits, base_prompt, columns)
-        if self.generator is not None:
-            _join(self.plan, self.generator.plan(self.spec, self.family.condition_source))
+        limits = Limits(options.max_batch, options.max_size, None if options.size is None else options.size**2)
+        base_prompt, columns = None, 0
+        if self.family is not None:
+            self.spec = _delta_spec(self.family, self.generator, options)
+            self.tables = _schedules(self.family, options)
+            columns = next(iter(self.tables.values())).coefficients.shape[1]
+            base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
+        self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
         from hywu_export.passes import check
@@ -198,6 +192,26 @@ class _Job:
             for name, table in self.tables.items()
         }
         return Schedules(SCHEDULE_FILE, default, min(max(steps, low), high), samplers)
+
+
+def make_plan(
+    family: Family | None,
+    generator: GeneratorPart | None,
+    spec: DeltaSpec | None,
+    limits: Limits,
+    base_prompt: str | None,
+    coefficients: int,
+) -> Plan:
+    """The plan of a bundle of ``family``, of ``generator``, or of both; the rest is as for `Family.plan`."""
+    if family is None or spec is None:
+        assert generator is not None
+        plan = generator.plan(None, None)
+        plan.axes["batch"] = _batch_axis(limits.max_batch)
+        return plan
+    plan = family.plan(spec, limits, base_prompt, coefficients)
+    if generator is not None:
+        _join(plan, generator.plan(spec, family.condition_source))
+    return plan
 
 
 def _batch_axis(maximum: int) -> Any:

@@ -46,7 +46,7 @@ class Application(click.Group):
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> NoReturn:
         """Runs a command line and exits: 0, 2 for bad input, 3 and 4 from verify, 1 for anything else."""
         settings = Settings()
-        extra |= {"standalone_mode": False, "obj": settings}
+        extra |= {"standalone_mode": False, "obj": settings, "prog_name": "hywu"}
         try:
             with libraries_quiet(settings):
                 code = super().main(args, **extra)

@@ -29,6 +29,10 @@ class Settings:
     debug: bool = False
     verbose: int = 0
 
+    @property
+    def log_level(self) -> int:
+        return {0: logging.WARNING, 1: logging.INFO}.get(self.verbose, logging.DEBUG)
+
 
 def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     settings = ctx.ensure_object(Settings)
@@ -38,6 +42,7 @@ def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 def _set_verbose(ctx: click.Context, _: click.Parameter, value: int) -> None:
     settings = ctx.ensure_object(Settings)
     settings.verbose = max(settings.verbose, value)
+    logging.getLogger().setLevel(settings.log_level)
 
 
 COMMON: tuple[click.Parameter, ...] = (
@@ -98,16 +103,20 @@ def check_output(path: Path, *inputs: Path) -> None:
     """
     if path.is_dir() or not path.parent.is_dir():
         wrong = "is a directory" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
-        raise InputError(f"{path} {wrong}", "Expected the path of a file in a folder that exists", "Correct it")
+        raise InputError(
+            f"{path} {wrong}", "Expected the path of a file in a folder that exists", "Correct it"
+        )
     for file in inputs:
         if path.exists() and file.exists() and path.samefile(file):
             raise InputError(
-                f"{path} is also the input {file}", "Expected another path for the result", "Choose another one"
+                f"{path} is also the input {file}",
+                "Expected another path for the result",
+                "Choose another one",
             )
 
 
 def require_toolchain() -> None:
-    """Refuses to go on where the packages of the extra ``export`` are not installed.
+    """Imports the packages of the extra ``export``, and keeps their progress bars off the terminal.
 
     Raises:
         UnsupportedError: naming the package.
@@ -121,6 +130,8 @@ def require_toolchain() -> None:
                 "Expected the toolchain, which this command needs and the runtime does not",
                 "pip install 'hywu-export[export]'",
             ) from error
+    for package in ("diffusers", "transformers"):
+        import_module(f"{package}.utils.logging").disable_progress_bar()
 
 
 @contextmanager
@@ -142,7 +153,6 @@ def libraries_quiet(settings: Settings) -> Iterator[None]:
     root, handler = logging.getLogger(), _Echo(settings)
     level = root.level
     root.addHandler(handler)
-    root.setLevel(logging.DEBUG)
     with warnings.catch_warnings():
         warnings.showwarning = handler.warning
         try:
@@ -161,8 +171,7 @@ class _Echo(logging.Handler):
 
     def filter(self, record: logging.LogRecord) -> bool:
         own = record.name.startswith("hywu")
-        least = {0: logging.WARNING, 1: logging.INFO}.get(self.settings.verbose, logging.DEBUG)
-        return record.levelno >= least and (own or self.settings.verbose > 1)
+        return record.levelno >= self.settings.log_level and (own or self.settings.verbose > 1)
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(f"{record.levelname.capitalize()}: {record.getMessage()}", err=True)

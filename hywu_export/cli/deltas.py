@@ -99,7 +99,9 @@ def convert(adapter: str, bundle: str | None, base: str | None, out: str, as_jso
 
     if (bundle is None) == (base is None):
         raise InputError(
-            "The model that the adapter is for is not clear", "Expected either --bundle or --base", "Give one of them"
+            "The model that the adapter is for is not clear",
+            "Expected either --bundle or --base",
+            "Give one of them",
         )
     check_output(Path(out))
     if bundle is not None:
@@ -155,7 +157,9 @@ def _spec(bundle: str) -> manifest.DeltaSpec:
     spec = Manifest.read(bundle).deltas
     if spec is None:
         raise UnsupportedError(
-            f"The bundle {bundle} takes no deltas", "Expected one with delta targets", "Export it with targets"
+            f"The bundle {bundle} takes no deltas",
+            "Expected one with delta targets",
+            "Export it with targets",
         )
     return spec
 
@@ -180,7 +184,9 @@ def _targets(loaded: Deltas) -> dict[str, dict[str, Any]]:
             wide = a.reshape(*a.shape[:2], -1).astype(np.float64)
             with np.errstate(all="ignore"):
                 # |B·A|² = trace((Bᵀ·B)·(A·Aᵀ)): r x r matrices, however large the weight is.
-                squared = np.einsum("dij,dij->d", np.swapaxes(b, 1, 2) @ b.astype(np.float64), wide @ np.swapaxes(wide, 1, 2))
+                squared = np.einsum(
+                    "dij,dij->d", np.swapaxes(b, 1, 2) @ b.astype(np.float64), wide @ np.swapaxes(wide, 1, 2)
+                )
                 norm = float(np.sqrt(np.abs(squared)).max())
         found[module] = {
             "a": None if a is None else list(a.shape),

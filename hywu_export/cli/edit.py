@@ -28,13 +28,23 @@ if TYPE_CHECKING:
 @click.argument("bundle")
 @click.argument("photo")
 @click.argument("prompt")
-@click.option("--out", metavar="FILE", help="The picture, PNG, JPEG or WebP.  [default: PHOTO's name with -edited.png]")
+@click.option(
+    "--out", metavar="FILE", help="The picture, PNG, JPEG or WebP.  [default: PHOTO's name with -edited.png]"
+)
 @click.option("--steps", type=int, metavar="N", help="Steps of the scheduler.  [default: the bundle's]")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the noise.")
-@click.option("--delta-strength", type=float, metavar="X", default=1.0, show_default=True,
-              help="Strength of the deltas; 0 is the base model.")
+@click.option(
+    "--delta-strength",
+    type=float,
+    metavar="X",
+    default=1.0,
+    show_default=True,
+    help="Strength of the deltas; 0 is the base model.",
+)
 @click.option("--guidance", type=float, metavar="X", help="Guidance by the prompt.  [default: the bundle's]")
-@click.option("--image-guidance", type=float, metavar="X", help="Guidance by the photo.  [default: the bundle's]")
+@click.option(
+    "--image-guidance", type=float, metavar="X", help="Guidance by the photo.  [default: the bundle's]"
+)
 @click.option("--negative-prompt", metavar="TEXT", default="", help="What guidance leads away from.")
 @click.option("--size", metavar="WxH", help="Size of the picture.  [default: near the photo's, aspect kept]")
 @click.option("--scheduler", metavar="NAME", help="One of the bundle's schedulers.  [default: its first]")
@@ -68,7 +78,9 @@ def edit(
     if save_deltas is not None:
         if deltas_file is not None:
             raise InputError(
-                "--save-deltas was given beside --deltas", "Expected one of them", "The deltas are in a file already"
+                "--save-deltas was given beside --deltas",
+                "Expected one of them",
+                "The deltas are in a file already",
             )
         check_output(Path(save_deltas), *inputs)
     deltas: Deltas | None = Deltas.load(deltas_file) if deltas_file is not None else None

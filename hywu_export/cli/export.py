@@ -31,17 +31,34 @@ _COUNT = click.IntRange(min=1)
 @click.option("--base", metavar="DIR", help="A diffusers pipeline, as save_pretrained writes it.")
 @click.option("--generator", metavar="DIR", help="A HY-WU parameter generator.")
 @click.option("--out", metavar="BUNDLE", required=True, help="The folder to write; it must not exist.")
-@click.option("--targets", metavar="PATTERN", multiple=True,
-              help="Modules that take deltas, where there is no generator; repeat for more.")
-@click.option("--lora", metavar="DIR", help="A PEFT adapter whose modules and ranks the bundle takes instead.")
-@click.option("--max-rank", type=_COUNT, metavar="N", default=16, show_default=True, help="Rank of --targets.")
-@click.option("--scheduler", "schedulers", metavar="NAME", multiple=True,
-              help="Schedulers to offer, the default first.  [default: the pipeline's own]")
-@click.option("--max-steps", type=_COUNT, metavar="N", default=100, show_default=True, help="Most steps of an edit.")
+@click.option(
+    "--targets",
+    metavar="PATTERN",
+    multiple=True,
+    help="Modules that take deltas, where there is no generator; repeat for more.",
+)
+@click.option(
+    "--lora", metavar="DIR", help="A PEFT adapter whose modules and ranks the bundle takes instead."
+)
+@click.option(
+    "--max-rank", type=_COUNT, metavar="N", default=16, show_default=True, help="Rank of --targets."
+)
+@click.option(
+    "--scheduler",
+    "schedulers",
+    metavar="NAME",
+    multiple=True,
+    help="Schedulers to offer, the default first.  [default: the pipeline's own]",
+)
+@click.option(
+    "--max-steps", type=_COUNT, metavar="N", default=100, show_default=True, help="Most steps of an edit."
+)
 @click.option("--steps", type=_COUNT, metavar="N", help="Default steps of an edit.")
 @click.option("--guidance", type=float, metavar="X", help="Default guidance by the prompt.")
 @click.option("--image-guidance", type=float, metavar="X", help="Default guidance by the photo.")
-@click.option("--batch", type=_COUNT, metavar="MAX", default=8, show_default=True, help="Most photos in a batch.")
+@click.option(
+    "--batch", type=_COUNT, metavar="MAX", default=8, show_default=True, help="Most photos in a batch."
+)
 @click.option("--max-size", type=_COUNT, metavar="PIXELS", help="Longest side of a picture.")
 @click.option("--size", type=_COUNT, metavar="PIXELS", help="Side of the default working area.")
 @click.option("--link-weights", is_flag=True, help="Leave the weights in the checkpoints.")
@@ -61,10 +78,14 @@ def export(
     """
     start = time.perf_counter()
     if base is None and generator is None:
-        raise InputError("There is nothing to export", "A base, a generator, or both", "Give --base or --generator")
+        raise InputError(
+            "There is nothing to export", "A base, a generator, or both", "Give --base or --generator"
+        )
     if Path(out).is_dir() and any(Path(out).iterdir()) and not overwrite:
         raise InputError(
-            f"{out} exists and is not empty", "A bundle is written to a new path", "Choose another, or give --overwrite"
+            f"{out} exists and is not empty",
+            "A bundle is written to a new path",
+            "Choose another, or give --overwrite",
         )
     require_toolchain()
     from hywu_export.exporter import ExportOptions
@@ -84,9 +105,14 @@ def export(
 def _report(out: Path, manifest: Manifest, seconds: float, as_json: bool) -> None:
     size = sum(file.size for file in manifest.files.values())
     linked = sum(
-        length for length in {(t.file, t.offset): t.length for ts in manifest.linked.values() for t in ts.values()}.values()
+        length
+        for length in {
+            (t.file, t.offset): t.length for ts in manifest.linked.values() for t in ts.values()
+        }.values()
     )
-    targets, rank = (len(manifest.deltas.targets), manifest.deltas.rank) if manifest.deltas is not None else (0, 0)
+    targets, rank = (
+        (len(manifest.deltas.targets), manifest.deltas.rank) if manifest.deltas is not None else (0, 0)
+    )
     if as_json:
         print_json(
             {

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hywu_export.cli.common import Command, json_option, plural, print_json, printable, size_text, source_option, table
+from hywu_export.cli.common import (
+    Command,
+    json_option,
+    plural,
+    print_json,
+    printable,
+    size_text,
+    source_option,
+    table,
+)
 
 if TYPE_CHECKING:
     from hywu_runtime.manifest import Axis, Manifest
@@ -71,7 +80,11 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "schedulers": {}
         if schedules is None
         else {
-            name: {"class": sampler.class_name, "steps": list(sampler.steps), "stochastic": sampler.stochastic}
+            name: {
+                "class": sampler.class_name,
+                "steps": list(sampler.steps),
+                "stochastic": sampler.stochastic,
+            }
             for name, sampler in schedules.samplers.items()
         },
         "default_scheduler": None if schedules is None else schedules.default,
@@ -84,7 +97,9 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             "kinds": dict(Counter(target.kind for target in deltas.targets)),
             "numbers": sum(math.prod(shape) for shape in deltas.tensors.values()),
         },
-        "tokenizers": {name: {"max_length": t.max_length, "file": t.file} for name, t in manifest.tokenizers.items()},
+        "tokenizers": {
+            name: {"max_length": t.max_length, "file": t.file} for name, t in manifest.tokenizers.items()
+        },
         "sources": {
             name: {"name": source.name, "licence": source.licence, "linked_files": list(source.files)}
             for name, source in manifest.sources.items()
@@ -106,7 +121,9 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
     size = size_text(summary["bytes"])
     lines = [
         printable(f"{summary['name']}: {summary['family'] or 'a generator alone'}"),
-        printable(f"format {summary['format']}, {summary['producer']}, {plural(len(manifest.files), 'file')}, {size}"),
+        printable(
+            f"format {summary['format']}, {summary['producer']}, {plural(len(manifest.files), 'file')}, {size}"
+        ),
     ]
     if "verified_files" in summary:
         lines.append(f"the hashes of all {plural(summary['verified_files'], 'file')} are right")
@@ -136,7 +153,11 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
     section(
         "guidance",
         [
-            (g.name, f"default {g.default:g}", f"on above {g.above:g}" if g.above is not None else f"on from {g.at_least:g}")
+            (
+                g.name,
+                f"default {g.default:g}",
+                f"on above {g.above:g}" if g.above is not None else f"on from {g.at_least:g}",
+            )
             for g in manifest.guidance
         ],
     )
@@ -152,16 +173,26 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
                 ("generated", "yes" if summary["results"]["deltas"] else "no: given with each request"),
             ],
         )
-    section("tokenizers", [(name, f"{t['max_length']} tokens", t["file"]) for name, t in summary["tokenizers"].items()])
+    section(
+        "tokenizers",
+        [(name, f"{t['max_length']} tokens", t["file"]) for name, t in summary["tokenizers"].items()],
+    )
     section(
         "sources",
         [
-            (name, s["name"], f"licence {s['licence'] or 'not stated'}", "linked" if s["linked_files"] else "copied")
+            (
+                name,
+                s["name"],
+                f"licence {s['licence'] or 'not stated'}",
+                "linked" if s["linked_files"] else "copied",
+            )
             for name, s in summary["sources"].items()
         ],
     )
     for title in ("variants", "engines"):
-        section(title, [(name, plural(count, "graph")) for name, count in summary[title].items()] or [("none",)])
+        section(
+            title, [(name, plural(count, "graph")) for name, count in summary[title].items()] or [("none",)]
+        )
     return "\n".join(lines)
 
 
