@@ -59,7 +59,7 @@ class OutputCheck:
 
 @dataclass(frozen=True)
 class EditCheck:
-    """A whole edit against the pipeline: PSNR in dB (None for equal pictures), largest difference in levels."""
+    """A whole edit against the pipeline: PSNR in dB, None if equal; the largest difference in levels."""
 
     psnr: float | None
     difference: int
@@ -79,7 +79,9 @@ class Report:
     @property
     def failure(self) -> Literal["shape", "value"] | None:
         """The gravest failure: a wrong shape, then a wrong value."""
-        failures = {check.failure for check in (*self.outputs, *([self.edit] if self.edit else []))}
+        failures = {check.failure for check in self.outputs}
+        if self.edit is not None:
+            failures.add(self.edit.failure)
         return "shape" if "shape" in failures else "value" if "value" in failures else None
 
 
@@ -151,7 +153,7 @@ class _Original:
         if self.family is not None:
             self.weights |= {name: component.tensors for name, component in self.family.components.items()}
         if part is not None:
-            self.weights |= part.weights
+            self.weights.update(part.weights)
 
 
 def base_prompt(manifest: Manifest) -> str | None:
@@ -209,7 +211,7 @@ def compare(graph: str, output: str, got: Array, expected: Array, sizes: Mapping
     wide = expected.astype(np.float64)
     difference = float(np.abs(got - wide).max(initial=0))
     if not levels and difference > 0:
-        difference /= max(float(np.abs(wide).max(initial=0)), np.finfo(np.float32).tiny)
+        difference /= float(np.abs(wide).max(initial=0)) or 1.0
     failure: Literal["value"] | None = None if difference <= tolerance else "value"  # NaN is no success
     return OutputCheck(graph, output, tolerance, difference, failure, dict(sizes))
 
@@ -229,7 +231,7 @@ def _signature_difference(graph: GraphSpec, declared: Any) -> str:
 
 
 def _sizes(graph: GraphSpec, axes: Mapping[str, Axis]) -> Iterator[dict[str, int]]:
-    """Sizes of the graph's axes to try: one sample and two, two sizes of pictures, shared deltas and own ones."""
+    """Sizes of the graph's axes to try: one sample and two, several sizes, shared deltas and own ones."""
     used = {d for t in (*graph.inputs, *graph.outputs) for d in t.shape if isinstance(d, str)}
     tried: list[dict[str, int]] = []
     for batch, shared, units in ((1, True, (2, 3)), (2, True, (4, 2)), (2, False, (3, 4))):
@@ -261,7 +263,7 @@ def _size(name: str, axes: Mapping[str, Axis], roots: Mapping[str, int]) -> int:
 
 
 class _Inputs:
-    """Random inputs of a graph, of the kind that a request has: token ids are those of prompts, for example."""
+    """Random inputs of a graph, of the kind that a request has: token ids are those of prompts."""
 
     def __init__(self, bundle: Bundle, graph: GraphSpec):
         self._bundle, self._graph = bundle, graph
@@ -370,9 +372,10 @@ def _check_edit(bundle: Bundle, family: Family) -> EditCheck:
             photo, PROMPTS[0], steps=steps, guidance=guidance, delta_strength=0, latents=latents, noise=noise,
             size=(side, side), output="array",
         )  # fmt: skip
-    if np.shape(got) != expected.shape:
+    assert isinstance(got, np.ndarray)  # as `output` asks
+    if got.shape != expected.shape:
         return EditCheck(None, 255, section.default, steps, (side, side), "shape")
-    difference = np.asarray(got, np.int16) - expected.astype(np.int16)
+    difference = got.astype(np.int16) - expected.astype(np.int16)
     squared = float(np.mean(np.square(difference, dtype=np.float64)))
     psnr = 10 * math.log10(255**2 / squared) if squared else None
     largest = int(np.abs(difference).max(initial=0))

@@ -60,7 +60,7 @@ class StagingDirectory:
         if not os.path.lexists(self.path):
             return
         if not self.path.is_dir() or self.path.is_symlink():
-            raise BundleError(f"{self.path} exists and is not a directory", "", "Choose another path")
+            raise BundleError(f"{self.path} exists and is not a directory", "A new path", "Choose another one")
         content = os.listdir(self.path)
         if content and not self._overwrite:
             raise BundleError(

@@ -37,11 +37,9 @@ class Application(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            error.message += f" Expected one of {', '.join(COMMANDS)}."
-            raise
+        if args and args[0] not in COMMANDS:
+            raise click.UsageError(f"There is no command {args[0]!r}. Expected {', '.join(COMMANDS)}.", ctx)
+        return super().resolve_command(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> NoReturn:
         """Runs a command line and exits: 0, 2 for bad input, 3 and 4 from verify, 1 for anything else."""
@@ -97,7 +95,7 @@ def describe(error: HywuError) -> str:
 )
 @click.version_option(__version__, prog_name="hywu")
 def hywu() -> None:
-    """Image editors with per-request weight deltas: export them as bundles, and run the bundles without PyTorch."""
+    """Image editors with per-request weight deltas: exported as bundles, run without PyTorch."""
 
 
 def main() -> NoReturn:

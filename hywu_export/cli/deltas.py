@@ -62,7 +62,8 @@ def generate(
 def show(file: str, as_json: bool) -> None:
     """Show the targets in a delta FILE, with shapes, ranks and norms.
 
-    The norm of a target is the Frobenius norm of B·A, the change of its weight; with several samples, the largest.
+    The norm of a target is the Frobenius norm of B·A, the change of its weight; with several samples, the
+    largest.
     """
     from hywu_runtime import Deltas
 

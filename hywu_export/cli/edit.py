@@ -57,16 +57,18 @@ if TYPE_CHECKING:
 @source_option
 @json_option
 def edit(
-    bundle: str, photo: str, prompt: str, out: str | None, steps: int | None, seed: int, delta_strength: float,
-    guidance: float | None, image_guidance: float | None, negative_prompt: str, size: str | None,
-    scheduler: str | None, deltas_file: str | None, save_deltas: str | None, backend: str, variant: str | None,
-    threads: int | None, low_memory: bool, sources: dict[str, str], as_json: bool,
+    bundle: str, photo: str, prompt: str, out: str | None, steps: int | None, seed: int,
+    delta_strength: float, guidance: float | None, image_guidance: float | None, negative_prompt: str,
+    size: str | None, scheduler: str | None, deltas_file: str | None, save_deltas: str | None, backend: str,
+    variant: str | None, threads: int | None, low_memory: bool, sources: dict[str, str], as_json: bool,
 ) -> None:  # fmt: skip
     """Edit PHOTO as PROMPT says.
 
     \b
     hywu edit out/bundle photo.jpg "make it sepia" --steps 8 --seed 42
     """
+    import numpy as np
+
     from hywu_runtime import Deltas, Editor
     from hywu_runtime.images import check_suffix, save_picture
 
@@ -94,9 +96,11 @@ def edit(
             deltas = editor.generate(photo, prompt, size=size)
         picture = editor.edit(
             photo, prompt, negative_prompt=negative_prompt, steps=steps, seed=seed, guidance=guidance,
-            image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas, sampler=scheduler, size=size,
-            output="array", progress=lambda done, total: show(f"step {done} of {total}", done, total),
+            image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas, sampler=scheduler,
+            size=size, output="array",
+            progress=lambda done, total: show(f"step {done} of {total}", done, total),
         )  # fmt: skip
+        assert isinstance(picture, np.ndarray)  # as `output` asks
         timings, used = editor.timings, editor.backend.name
     save_picture(picture, target)
     if save_deltas is not None and deltas is not None:
@@ -121,11 +125,6 @@ def edit(
             }
         )
         return
-    click.echo(
-        f"{target}: {width}x{height}, {plural(len(timings.steps), 'evaluation')} of {time_text(_mean(timings.steps))}, "
-        f"{time_text(seconds)} in all, on {used}"
-    )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    count = len(timings.steps)
+    pace = f"{plural(count, 'evaluation')} of {time_text(sum(timings.steps) / max(count, 1))}"
+    click.echo(f"{target}: {width}x{height}, {pace}, {time_text(seconds)} in all, on {used}")

@@ -65,8 +65,8 @@ _COUNT = click.IntRange(min=1)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, in one step at the end.")
 @json_option
 def export(
-    base: str | None, generator: str | None, out: str, targets: tuple[str, ...], lora: str | None, max_rank: int,
-    schedulers: tuple[str, ...], max_steps: int, steps: int | None, guidance: float | None,
+    base: str | None, generator: str | None, out: str, targets: tuple[str, ...], lora: str | None,
+    max_rank: int, schedulers: tuple[str, ...], max_steps: int, steps: int | None, guidance: float | None,
     image_guidance: float | None, batch: int, max_size: int | None, size: int | None, link_weights: bool,
     overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -94,7 +94,8 @@ def export(
     scales = {"text": guidance, "image": image_guidance}
     options = ExportOptions(
         targets=targets, lora=None if lora is None else Path(lora), max_rank=max_rank, samplers=schedulers,
-        max_steps=max_steps, steps=steps, guidance={name: scale for name, scale in scales.items() if scale is not None},
+        max_steps=max_steps, steps=steps,
+        guidance={name: scale for name, scale in scales.items() if scale is not None},
         max_batch=batch, max_size=max_size, size=size, link_weights=link_weights, overwrite=overwrite,
     )  # fmt: skip
     with progress_bar() as show:

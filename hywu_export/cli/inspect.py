@@ -118,12 +118,10 @@ def _axis(axis: Axis) -> dict[str, Any]:
 
 
 def _text(summary: dict[str, Any], manifest: Manifest) -> str:
-    size = size_text(summary["bytes"])
+    size, files = size_text(summary["bytes"]), plural(len(manifest.files), "file")
     lines = [
         printable(f"{summary['name']}: {summary['family'] or 'a generator alone'}"),
-        printable(
-            f"format {summary['format']}, {summary['producer']}, {plural(len(manifest.files), 'file')}, {size}"
-        ),
+        printable(f"format {summary['format']}, {summary['producer']}, {files}, {size}"),
     ]
     if "verified_files" in summary:
         lines.append(f"the hashes of all {plural(summary['verified_files'], 'file')} are right")
