@@ -95,8 +95,8 @@ def _parse_sources(_: click.Context, __: click.Parameter, values: tuple[str, ...
     return sources
 
 
-def check_output(path: Path, *inputs: Path) -> None:
-    """Refuses, before any work is done, an output file that cannot be written or that is an input.
+def check_output(path: Path, *others: Path) -> None:
+    """Refuses, before any work is done, an output that cannot be written, or that is one of the ``others``.
 
     Raises:
         InputError: naming the path.
@@ -104,12 +104,12 @@ def check_output(path: Path, *inputs: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         wrong = "is a directory" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
         raise InputError(
-            f"{path} {wrong}", "Expected the path of a file in a folder that exists", "Correct it"
+            f"{path} {wrong}", "Expected the path of a file in a folder that exists", "Correct the path"
         )
-    for file in inputs:
-        if path.exists() and file.exists() and path.samefile(file):
+    for other in others:
+        if path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other)):
             raise InputError(
-                f"{path} is also the input {file}",
+                f"{path} is to be written, and is also {other}",
                 "Expected another path for the result",
                 "Choose another one",
             )

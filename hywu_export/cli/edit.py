@@ -84,7 +84,7 @@ def edit(
                 "Expected one of them",
                 "The deltas are in a file already",
             )
-        check_output(Path(save_deltas), *inputs)
+        check_output(Path(save_deltas), target, *inputs)
     deltas: Deltas | None = Deltas.load(deltas_file) if deltas_file is not None else None
     with (
         Editor.load(
