@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -111,12 +112,15 @@ class _Job:
         self.tables: dict[str, ScheduleTable] = {}
         limits = Limits(options.max_batch, options.max_size, None if options.size is None else options.size**2)
         base_prompt, columns = None, 0
-        if self.family is not None:
+        if self.family is None:
+            _refuse_options_of_a_base(options)
+        else:
             self.spec = _delta_spec(self.family, self.generator, options)
             self.tables = _schedules(self.family, options)
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
+        self.guidance = self._guidance()
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
         from hywu_export.passes import check
@@ -149,7 +153,7 @@ class _Job:
             "program": encode(plan.program),
             "results": encode(Results(plan.result, self._delta_results())),
             "state": encode(plan.state),
-            "guidance": encode(self._guidance()),
+            "guidance": encode(self.guidance),
             "licences": encode(licences),
         }
         if plan.image is not None:
@@ -174,7 +178,13 @@ class _Job:
         for name in self.options.guidance:
             if name not in known:
                 raise InputError(
-                    f"There is no guidance called {name!r} here", f"One of {', '.join(sorted(known)) or 'none'}"
+                    f"There is no guidance called {name!r} here",
+                    f"One of {', '.join(sorted(known)) or 'none'}",
+                    "Leave it out",
+                )
+            if not math.isfinite(self.options.guidance[name]):
+                raise InputError(
+                    f"The guidance {name} is {self.options.guidance[name]}", "A finite number", "Correct it"
                 )
         return [replace(scale, default=defaults.get(scale.name, scale.default)) for scale in self.plan.guidance]
 
@@ -214,6 +224,16 @@ def make_plan(
     return plan
 
 
+def _refuse_options_of_a_base(options: ExportOptions) -> None:
+    for name in ("targets", "lora", "samplers", "steps", "max_size", "size"):
+        if getattr(options, name):
+            raise InputError(
+                f"The option {name} was given without a base",
+                "A generator alone has no targets, no sampler and no pictures",
+                "Leave it out, or give the base",
+            )
+
+
 def _batch_axis(maximum: int) -> Any:
     from hywu_export.tracing import Axis
 
@@ -245,6 +265,13 @@ def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTabl
     for sampler in options.samplers or (own,):
         scheduler = make_scheduler(sampler, config)
         tables[sampler_name(scheduler)] = trace_scheduler(scheduler, options.max_steps)
+    low, high = next(iter(tables.values())).step_range()
+    if options.steps is not None and not low <= options.steps <= high:
+        raise InputError(
+            f"The default of {options.steps} steps cannot be made with sampler {next(iter(tables))}",
+            f"From {low} to {high} steps",
+            "Choose other steps, or more with --max-steps",
+        )
     history = max(table.history for table in tables.values())
     return {name: table.widen(history) for name, table in tables.items()}
 

@@ -24,7 +24,9 @@ from hywu_runtime.errors import InputError
 if TYPE_CHECKING:
     from hywu_runtime.manifest import Manifest
 
-_COUNT = click.IntRange(min=1)
+_COUNT = click.IntRange(1, 4096)
+_STEPS = click.IntRange(1, 1000)  # what diffusion models are trained with
+_PIXELS = click.IntRange(1, 65536)
 
 
 @click.command(cls=Command)
@@ -51,16 +53,16 @@ _COUNT = click.IntRange(min=1)
     help="Schedulers to offer, the default first.  [default: the pipeline's own]",
 )
 @click.option(
-    "--max-steps", type=_COUNT, metavar="N", default=100, show_default=True, help="Most steps of an edit."
+    "--max-steps", type=_STEPS, metavar="N", default=100, show_default=True, help="Most steps of an edit."
 )
-@click.option("--steps", type=_COUNT, metavar="N", help="Default steps of an edit.")
+@click.option("--steps", type=_STEPS, metavar="N", help="Default steps of an edit.")
 @click.option("--guidance", type=float, metavar="X", help="Default guidance by the prompt.")
 @click.option("--image-guidance", type=float, metavar="X", help="Default guidance by the photo.")
 @click.option(
     "--batch", type=_COUNT, metavar="MAX", default=8, show_default=True, help="Most photos in a batch."
 )
-@click.option("--max-size", type=_COUNT, metavar="PIXELS", help="Longest side of a picture.")
-@click.option("--size", type=_COUNT, metavar="PIXELS", help="Side of the default working area.")
+@click.option("--max-size", type=_PIXELS, metavar="PIXELS", help="Longest side of a picture.")
+@click.option("--size", type=_PIXELS, metavar="PIXELS", help="Side of the default working area.")
 @click.option("--link-weights", is_flag=True, help="Leave the weights in the checkpoints.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, in one step at the end.")
 @json_option
@@ -76,17 +78,14 @@ def export(
     hywu export --base models/editor --generator models/generator --out bundle
     hywu export --base models/editor --targets to_q --targets to_v --max-rank 8 --out bundle
     """
+    from hywu_export.bundle.staging import check_target
+
     start = time.perf_counter()
     if base is None and generator is None:
         raise InputError(
             "There is nothing to export", "A base, a generator, or both", "Give --base or --generator"
         )
-    if Path(out).is_dir() and any(Path(out).iterdir()) and not overwrite:
-        raise InputError(
-            f"{out} exists and is not empty",
-            "A bundle is written to a new path",
-            "Choose another, or give --overwrite",
-        )
+    check_target(Path(out).absolute(), overwrite)  # before the long way to the writer, which checks again
     require_toolchain()
     from hywu_export.exporter import ExportOptions
     from hywu_export.exporter import export as export_bundle
@@ -105,33 +104,30 @@ def export(
 
 def _report(out: Path, manifest: Manifest, seconds: float, as_json: bool) -> None:
     size = sum(file.size for file in manifest.files.values())
-    linked = sum(
-        length
-        for length in {
-            (t.file, t.offset): t.length for ts in manifest.linked.values() for t in ts.values()
-        }.values()
-    )
-    targets, rank = (
-        (len(manifest.deltas.targets), manifest.deltas.rank) if manifest.deltas is not None else (0, 0)
-    )
+    links = {(t.source, t.file, t.offset): t.length for ts in manifest.linked.values() for t in ts.values()}
+    linked, made = sum(links.values()), len(manifest.results.deltas)
+    spec, schedules = manifest.deltas, manifest.schedules
     if as_json:
         print_json(
             {
                 "bundle": str(out),
                 "graphs": list(manifest.graphs),
-                "targets": targets,
-                "rank": rank,
+                "targets": len(spec.targets) if spec is not None else 0,
+                "rank": spec.rank if spec is not None else None,
+                "generated": made,
+                "schedulers": list(schedules.samplers) if schedules is not None else [],
                 "bytes": size,
                 "linked_bytes": linked,
                 "seconds": seconds,
             }
         )
         return
+    deltas = f"{plural(len(spec.targets), 'target')}, rank {spec.rank}" if spec is not None else "no targets"
     rows = [
         ("bundle", out),
         ("graphs", ", ".join(manifest.graphs)),
-        ("deltas", f"{plural(targets, 'target')}, rank {rank}" if targets else "see the generator's outputs"),
-        ("schedulers", ", ".join(manifest.schedules.samplers) if manifest.schedules is not None else "none"),
+        ("deltas", f"{deltas}; {made} tensors generated" if made else f"{deltas}; none generated"),
+        ("schedulers", ", ".join(schedules.samplers) if schedules is not None else "none"),
         ("size", size_text(size) + (f", and {size_text(linked)} linked" if linked else "")),
         ("time", time_text(seconds)),
     ]

@@ -159,18 +159,7 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
             for g in manifest.guidance
         ],
     )
-    deltas = summary["deltas"]
-    if deltas is not None:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in deltas["kinds"].items())
-        section(
-            "deltas",
-            [
-                ("targets", f"{deltas['targets']} ({kinds})"),
-                ("rank", f"{deltas['rank']}"),
-                ("numbers", f"{deltas['numbers']:,} for a sample"),
-                ("generated", "yes" if summary["results"]["deltas"] else "no: given with each request"),
-            ],
-        )
+    section("deltas", _delta_rows(summary))
     section(
         "tokenizers",
         [(name, f"{t['max_length']} tokens", t["file"]) for name, t in summary["tokenizers"].items()],
@@ -192,6 +181,23 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
             title, [(name, plural(count, "graph")) for name, count in summary[title].items()] or [("none",)]
         )
     return "\n".join(lines)
+
+
+def _delta_rows(summary: dict[str, Any]) -> list[tuple[object, ...]]:
+    deltas, made = summary["deltas"], summary["results"]["deltas"]
+    generated: tuple[object, ...] = (
+        "generated",
+        f"{made} tensors" if made else "no: given with each request",
+    )
+    if deltas is None:
+        return [generated] if made else []
+    kinds = ", ".join(f"{count} {kind}" for kind, count in deltas["kinds"].items())
+    return [
+        ("targets", f"{deltas['targets']} ({kinds})"),
+        ("rank", f"{deltas['rank']}"),
+        ("numbers", f"{deltas['numbers']:,} for a sample"),
+        generated,
+    ]
 
 
 def _axis_text(axis: Axis) -> str:

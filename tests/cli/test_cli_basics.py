@@ -53,7 +53,17 @@ def test_help_is_instant(arguments: list[str]) -> None:
     assert reports[0]["code"] == 0
     assert min(report["seconds"] for report in reports) < 0.3
     loaded = {name.partition(".")[0] for name in reports[0]["modules"]}
-    heavy = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "PIL", "tokenizers"}
+    heavy = {
+        "torch",
+        "diffusers",
+        "transformers",
+        "onnx",
+        "onnx_ir",
+        "onnxruntime",
+        "numpy",
+        "PIL",
+        "tokenizers",
+    }
     assert loaded.isdisjoint(heavy)
 
 
@@ -73,13 +83,16 @@ def test_version() -> None:
 
 
 def test_entry_point() -> None:
-    line = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("hywu = "))
+    line = next(
+        line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("hywu = ")
+    )
     module, _, name = line.partition('"')[2].rstrip('"').partition(":")
     assert getattr(importlib.import_module(module), name) is app.main
 
 
 @pytest.mark.parametrize(
-    "arguments", [["foo"], ["edit"], ["edit", "b", "p", "x", "--steps", "many"], ["export"], ["inspect", "b", "--ghost"]]
+    "arguments",
+    [["foo"], ["edit"], ["edit", "b", "p", "x", "--steps", "many"], ["export"], ["inspect", "b", "--ghost"]],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
     result = run(*arguments, code=2)
@@ -188,7 +201,9 @@ def test_doctor() -> None:
 def test_doctor_without_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     import hywu_runtime.backends
 
-    monkeypatch.setattr(hywu_runtime.backends, "available_backends", lambda: {"ort-cpu": "gone", "ort-cuda": "gone"})
+    monkeypatch.setattr(
+        hywu_runtime.backends, "available_backends", lambda: {"ort-cpu": "gone", "ort-cuda": "gone"}
+    )
     assert "MISSING" in run("doctor", code=1).stdout
 
 
@@ -203,7 +218,9 @@ def test_demo_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_demo_in_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "__init__.py").touch()
-    (tmp_path / "demo" / "run.py").write_text("def run(out, progress):\n    progress('x', 0, 1)\n    print(out)\n")
+    (tmp_path / "demo" / "run.py").write_text(
+        "def run(out, progress):\n    progress('x', 0, 1)\n    print(out)\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in [name for name in sys.modules if name.partition(".")[0] == "demo"]:

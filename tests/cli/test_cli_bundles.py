@@ -30,7 +30,11 @@ def test_inspect(bundle: Path) -> None:
         (bundle / "manifest.json").stat().st_size
     )
     assert report["default_scheduler"] == "euler_a"
-    assert report["schedulers"]["heun"] == {"class": "HeunDiscreteScheduler", "steps": [1, 12], "stochastic": False}
+    assert report["schedulers"]["heun"] == {
+        "class": "HeunDiscreteScheduler",
+        "steps": [1, 12],
+        "stochastic": False,
+    }
     assert report["guidance"] == {"text": 7.5, "image": 1.5}
     assert report["deltas"] == {
         "targets": len(report_targets(manifest)), "rank": 4, "kinds": {"linear": len(report_targets(manifest))},
@@ -46,7 +50,13 @@ def report_targets(manifest: Manifest) -> tuple[Any, ...]:
 
 def test_inspect_for_people(bundle: Path, lora_bundle: Path) -> None:
     text = run("inspect", bundle, "--verify").stdout
-    for word in ("StableDiffusionInstructPix2PixPipeline", "text_encoder", "euler_a", "are right", "32 tokens"):
+    for word in (
+        "StableDiffusionInstructPix2PixPipeline",
+        "text_encoder",
+        "euler_a",
+        "are right",
+        "32 tokens",
+    ):
         assert word in text
     assert "no: given with each request" in run("inspect", lora_bundle).stdout
     assert max(map(len, text.splitlines())) <= 120
@@ -100,7 +110,9 @@ def test_link_that_leads_out(bundle: Path, photo: Path, tmp_path: Path) -> None:
     assert "step.onnx" in all_refuse(copy, photo, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "step.onnx", "weights/unet.safetensors", "schedule.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "step.onnx", "weights/unet.safetensors", "schedule.safetensors"]
+)
 def test_truncated_bundle(bundle: Path, photo: Path, tmp_path: Path, name: str) -> None:
     copy = copy_tree(bundle, tmp_path / "bundle", [name])
     data = (copy / name).read_bytes()
@@ -115,7 +127,12 @@ def test_missing_file(bundle: Path, photo: Path, tmp_path: Path, name: str) -> N
     all_refuse(copy, photo, tmp_path)
 
 
-FLIPPED = ["step_unguided.onnx", "weights/vae.safetensors", "schedule.safetensors", "tokenizer/tokenizer.json"]
+FLIPPED = [
+    "step_unguided.onnx",
+    "weights/vae.safetensors",
+    "schedule.safetensors",
+    "tokenizer/tokenizer.json",
+]
 
 
 @pytest.mark.parametrize("name", FLIPPED)

@@ -31,7 +31,10 @@ def test_show(lora_bundle: Path, tmp_path: Path) -> None:
     report = answer("deltas", "show", tmp_path / "d.safetensors")
     assert (report["rank"], report["batch"]) == (3, 1)
     for module, target in report["targets"].items():
-        a, b = deltas[f"{module}.lora_A"][0].astype(np.float64), deltas[f"{module}.lora_B"][0].astype(np.float64)
+        a, b = (
+            deltas[f"{module}.lora_A"][0].astype(np.float64),
+            deltas[f"{module}.lora_B"][0].astype(np.float64),
+        )
         assert target["norm"] == pytest.approx(np.linalg.norm(b @ a.reshape(3, -1)))
         assert target["a"] == [1, *a.shape]
     lines = run("deltas", "show", tmp_path / "d.safetensors").stdout.splitlines()
@@ -54,7 +57,14 @@ def test_blend(lora_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, part in zip("ab", parts):
         part.save(f"{name}.safetensors")
     report = answer(
-        "deltas", "blend", "a.safetensors:0.5", "b.safetensors:-2", "--bundle", lora_bundle, "--out", "c.safetensors"
+        "deltas",
+        "blend",
+        "a.safetensors:0.5",
+        "b.safetensors:-2",
+        "--bundle",
+        lora_bundle,
+        "--out",
+        "c.safetensors",
     )
     assert report["rank"] == 8
     expected = Deltas.blend([(parts[0], 0.5), (parts[1], -2.0)])
@@ -100,14 +110,18 @@ def adapter(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_pretrained(pair.base / "unet")
-    model = get_peft_model(unet, LoraConfig(r=3, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False))
+    model = get_peft_model(
+        unet, LoraConfig(r=3, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False)
+    )
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
     return folder
 
 
 def test_convert_for_a_bundle(adapter: Path, lora_bundle: Path, tmp_path: Path) -> None:
-    report = answer("deltas", "convert", adapter, "--bundle", lora_bundle, "--out", tmp_path / "d.safetensors")
+    report = answer(
+        "deltas", "convert", adapter, "--bundle", lora_bundle, "--out", tmp_path / "d.safetensors"
+    )
     assert report["rank"] == 8
     spec = Manifest.read(lora_bundle).deltas
     assert spec is not None

@@ -58,7 +58,9 @@ def test_default_output(bundle: Path, photo: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_deltas_saved_and_used_again(bundle: Path, photo: Path, tmp_path: Path) -> None:
-    first, second, file, other = (tmp_path / name for name in ("a.png", "b.png", "d.safetensors", "e.safetensors"))
+    first, second, file, other = (
+        tmp_path / name for name in ("a.png", "b.png", "d.safetensors", "e.safetensors")
+    )
     plain = ("--steps", 2, "--seed", 7)
     run("edit", bundle, photo, "make it sepia", *plain, "--out", first, "--save-deltas", file)
     run("edit", bundle, photo, "make it sepia", *plain, "--out", second, "--deltas", file)
@@ -71,7 +73,15 @@ def test_deltas_saved_and_used_again(bundle: Path, photo: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("a.jpg", "CMYK"), ("a.png", "RGBA"), ("a.png", "LA"), ("a.png", "L"), ("a.png", "1"), ("a.png", "P"), ("a.webp", "RGB")],
+    [
+        ("a.jpg", "CMYK"),
+        ("a.png", "RGBA"),
+        ("a.png", "LA"),
+        ("a.png", "L"),
+        ("a.png", "1"),
+        ("a.png", "P"),
+        ("a.webp", "RGB"),
+    ],
 )
 def test_picture_modes(bundle: Path, tmp_path: Path, name: str, mode: str) -> None:
     source = picture(tmp_path / name, mode=mode)
@@ -115,7 +125,10 @@ def bomb(path: Path) -> Path:
 
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
     )
     return path
 
@@ -136,7 +149,9 @@ def empty(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("make", [bomb, text, cut, empty, lambda path: path.parent, lambda path: path / "nothing"])
+@pytest.mark.parametrize(
+    "make", [bomb, text, cut, empty, lambda path: path.parent, lambda path: path / "nothing"]
+)
 def test_no_photo(bundle: Path, tmp_path: Path, make: object) -> None:
     assert callable(make)
     source = make(tmp_path / "photo.png")
@@ -181,7 +196,9 @@ def test_bad_options(bundle: Path, photo: Path, tmp_path: Path, options: tuple[s
 
 
 def test_steps_say_what_is_possible(bundle: Path, photo: Path, tmp_path: Path) -> None:
-    assert "1 to 12" in refused("edit", bundle, photo, "a cat", "--out", tmp_path / "out.png", "--steps", "13")
+    assert "1 to 12" in refused(
+        "edit", bundle, photo, "a cat", "--out", tmp_path / "out.png", "--steps", "13"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["\udcff\udcfe", "a \ud800 b"])
@@ -264,11 +281,17 @@ numbers = st.one_of(
     st.sampled_from(["0", "1", "2", "12", "1e3", "0x10", "١", "1_0", "", " 3 ", "∞"]),
 )
 words = st.text(max_size=12).filter(lambda text: "\0" not in text)
-sizes = st.one_of(words, st.tuples(numbers, numbers).map("x".join), st.sampled_from(["8", "12x8", "8×12", "8,8"]))
+sizes = st.one_of(
+    words, st.tuples(numbers, numbers).map("x".join), st.sampled_from(["8", "12x8", "8×12", "8,8"])
+)
 options = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["--steps", "--seed", "--delta-strength", "--guidance", "--threads"]), numbers),
-        st.tuples(st.sampled_from(["--scheduler", "--backend", "--variant", "--source", "--negative-prompt"]), words),
+        st.tuples(
+            st.sampled_from(["--steps", "--seed", "--delta-strength", "--guidance", "--threads"]), numbers
+        ),
+        st.tuples(
+            st.sampled_from(["--scheduler", "--backend", "--variant", "--source", "--negative-prompt"]), words
+        ),
         st.tuples(st.just("--size"), sizes),
     ),
     min_size=1,
@@ -285,7 +308,19 @@ def test_any_options(
     folder = tmp_path_factory.mktemp("fuzz")
     source = picture(folder / "photo.png", 8, 8)
     flags = [f"{name}={value}" for name, value in options]
-    result = run("edit", "--steps=1", "--size=8", *flags, "--out", folder / "out.png", "--", bundle, source, prompt, code=None)
+    result = run(
+        "edit",
+        "--steps=1",
+        "--size=8",
+        *flags,
+        "--out",
+        folder / "out.png",
+        "--",
+        bundle,
+        source,
+        prompt,
+        code=None,
+    )
     assert result.exit_code in (0, 2), result.stderr
     assert names(folder) == ({"photo.png", "out.png"} if result.exit_code == 0 else {"photo.png"})
     assert "Internal error" not in result.stderr
