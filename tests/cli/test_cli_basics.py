@@ -19,6 +19,7 @@ from hywu_export.cli import app
 from hywu_runtime.errors import EngineError, InputError
 
 ROOT = Path(__file__).parents[2]
+COMMAND = (sys.executable, "-m", "hywu_export.cli")
 COMMANDS = [["--help"], *([name, "--help"] for name in app.COMMANDS)]
 COMMANDS += [["deltas", name, "--help"] for name in ("generate", "show", "convert", "blend")]
 
@@ -30,7 +31,8 @@ sys.argv = ["hywu", *json.loads(sys.argv[1])]
 try:
     main()
 except SystemExit as end:
-    print(json.dumps({"code": end.code, "seconds": time.perf_counter() - start, "modules": sorted(sys.modules)}))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"code": end.code, "seconds": seconds, "modules": sorted(sys.modules)}))
 """
 
 
@@ -156,7 +158,7 @@ def test_reader_that_goes_away() -> None:
     read, write = os.pipe()
     os.close(read)
     process = subprocess.run(
-        [sys.executable, "-m", "hywu_export.cli", "doctor"], stdout=write, stderr=subprocess.PIPE,
+        [*COMMAND, "doctor"], stdout=write, stderr=subprocess.PIPE,
         env=environment(), cwd=ROOT, text=True,
     )  # fmt: skip
     os.close(write)
@@ -169,7 +171,7 @@ def test_interrupted_process(bundle: Path, tmp_path: Path) -> None:
 
     photo = picture(tmp_path / "photo.png", 400, 400)
     process = subprocess.Popen(
-        [sys.executable, "-m", "hywu_export.cli", "edit", bundle, photo, "a cat", "--out", "out.png", "--size",
+        [*COMMAND, "edit", bundle, photo, "a cat", "--out", "out.png", "--size",
          "128", "--steps", "12", "--scheduler", "heun", "-v"],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), cwd=tmp_path, text=True,
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from cli_tools import answer, check_refusal, names, picture, refused, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli_basics import environment
+from test_cli_basics import COMMAND, environment
 
 from hywu_runtime import Deltas, Editor, Manifest
 
@@ -32,9 +31,9 @@ def pixels(path: Path) -> np.ndarray:
 def test_edit_is_the_editor(bundle: Path, photo: Path, tmp_path: Path) -> None:
     out = tmp_path / "edited.png"
     result = answer(
-        "edit", bundle, photo, "make it sepia", "--steps", 3, "--seed", 42, "--delta-strength", 0.8, "--guidance", 4,
-        "--image-guidance", 1.2, "--negative-prompt", "ugly", "--size", "24x16", "--scheduler", "euler", "--out", out,
-        "--threads", 1, "--low-memory", "--backend", "ort-cpu",
+        "edit", bundle, photo, "make it sepia", "--steps", 3, "--seed", 42, "--delta-strength", 0.8,
+        "--guidance", 4, "--image-guidance", 1.2, "--negative-prompt", "ugly", "--size", "24x16",
+        "--scheduler", "euler", "--out", out, "--threads", 1, "--low-memory", "--backend", "ort-cpu",
     )  # fmt: skip
     assert result["out"] == str(out)
     assert (result["width"], result["height"]) == (24, 16)
@@ -210,7 +209,7 @@ def test_prompt_that_is_no_text(bundle: Path, photo: Path, tmp_path: Path, promp
 def test_prompt_in_another_encoding(bundle: Path, photo: Path, tmp_path: Path) -> None:
     """Bytes that are no UTF-8 come in as lone surrogates."""
     process = subprocess.run(
-        [sys.executable, "-m", "hywu_export.cli", "edit", bundle, photo, "caf\xe9".encode("latin-1"), "--out", "out.png"],
+        [*COMMAND, "edit", bundle, photo, "caf\xe9".encode("latin-1"), "--out", "out.png"],
         capture_output=True, text=True, env=environment(), cwd=tmp_path,
     )  # fmt: skip
     check_refusal(process.returncode, process.stdout, process.stderr)

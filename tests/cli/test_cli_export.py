@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,11 +50,11 @@ def test_generator_alone(pair: Any, tmp_path: Path) -> None:
 def test_pair_with_linked_weights(pair: Any, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     report = answer(
-        "export", "--base", pair.base, "--generator", pair.generator, "--out", out, "--link-weights", "--scheduler",
-        "euler", "--scheduler", "ddim", "--max-steps", 6, "--steps", 3, "--guidance", 3, "--image-guidance", 1.25,
-        "--size", 16, "--max-size", 64, "--batch", 2,
+        *arguments(pair, tmp_path), "--link-weights", "--scheduler", "euler", "--scheduler", "dpmpp_2m",
+        "--max-steps", 6, "--steps", 3, "--guidance", 3, "--image-guidance", 1.25, "--size", 16,
+        "--max-size", 64, "--batch", 2,
     )  # fmt: skip
-    assert report["schedulers"] == ["euler", "ddim"]
+    assert report["schedulers"] == ["euler", "dpmpp_2m"]
     assert report["linked_bytes"] > 3_000_000 > report["bytes"]
     summary = answer("inspect", out)
     assert summary["guidance"] == {"text": 3, "image": 1.25}
@@ -197,16 +196,7 @@ def test_unknown_pipeline(pair: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_export(pair: Any, tmp_path: Path) -> None:
     """Nothing is at the target; the next export to it succeeds and clears up."""
-    command = [
-        sys.executable,
-        "-m",
-        "hywu_export.cli",
-        "export",
-        "--generator",
-        pair.generator,
-        "--out",
-        "bundle",
-    ]
+    command = [*COMMAND, "export", "--generator", pair.generator, "--out", "bundle"]
     process = subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".bundle.partial-*")):
@@ -225,16 +215,7 @@ def test_killed_export(pair: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupted_export(pair: Any, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "hywu_export.cli",
-        "export",
-        "--generator",
-        pair.generator,
-        "--out",
-        "bundle",
-    ]
+    command = [*COMMAND, "export", "--generator", pair.generator, "--out", "bundle"]
     process = subprocess.Popen(
         command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
