@@ -16,7 +16,7 @@ import pytest
 from cli_tools import answer, copy_tree, names, picture, refused, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cli_basics import environment
+from test_cli_basics import COMMAND, environment
 
 from hywu_runtime import Deltas, Editor, Manifest
 
