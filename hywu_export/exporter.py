@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from hywu_runtime.manifest import Licence, Manifest, Results, Sampler, Schedules
 if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
     from hywu_export.deltas import DeltaSpec
-    from hywu_export.families.base import Family, Plan
+    from hywu_export.families.base import Family, Limits, Plan
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
 
@@ -109,20 +110,17 @@ class _Job:
         self.family = None if base is None else open_base(base)
         self.spec: DeltaSpec | None = None
         self.tables: dict[str, ScheduleTable] = {}
+        limits = Limits(options.max_batch, options.max_size, None if options.size is None else options.size**2)
+        base_prompt, columns = None, 0
         if self.family is None:
-            assert self.generator is not None
-            self.plan = self.generator.plan(None, None)
-            self.plan.axes["batch"] = _batch_axis(options.max_batch)
-            return
-        self.spec = _delta_spec(self.family, self.generator, options)
-        self.tables = _schedules(self.family, options)
-        columns = next(iter(self.tables.values())).coefficients.shape[1]
-        area = None if options.size is None else options.size**2
-        limits = Limits(options.max_batch, options.max_size, area)
-        base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
-        self.plan = self.family.plan(self.spec, limits, base_prompt, columns)
-        if self.generator is not None:
-            _join(self.plan, self.generator.plan(self.spec, self.family.condition_source))
+            _refuse_options_of_a_base(options)
+        else:
+            self.spec = _delta_spec(self.family, self.generator, options)
+            self.tables = _schedules(self.family, options)
+            columns = next(iter(self.tables.values())).coefficients.shape[1]
+            base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
+        self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
+        self.guidance = self._guidance()
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
         from hywu_export.passes import check
@@ -155,7 +153,7 @@ class _Job:
             "program": encode(plan.program),
             "results": encode(Results(plan.result, self._delta_results())),
             "state": encode(plan.state),
-            "guidance": encode(self._guidance()),
+            "guidance": encode(self.guidance),
             "licences": encode(licences),
         }
         if plan.image is not None:
@@ -180,7 +178,13 @@ class _Job:
         for name in self.options.guidance:
             if name not in known:
                 raise InputError(
-                    f"There is no guidance called {name!r} here", f"One of {', '.join(sorted(known)) or 'none'}"
+                    f"There is no guidance called {name!r} here",
+                    f"One of {', '.join(sorted(known)) or 'none'}",
+                    "Leave it out",
+                )
+            if not math.isfinite(self.options.guidance[name]):
+                raise InputError(
+                    f"The guidance {name} is {self.options.guidance[name]}", "A finite number", "Correct it"
                 )
         return [replace(scale, default=defaults.get(scale.name, scale.default)) for scale in self.plan.guidance]
 
@@ -198,6 +202,36 @@ class _Job:
             for name, table in self.tables.items()
         }
         return Schedules(SCHEDULE_FILE, default, min(max(steps, low), high), samplers)
+
+
+def make_plan(
+    family: Family | None,
+    generator: GeneratorPart | None,
+    spec: DeltaSpec | None,
+    limits: Limits,
+    base_prompt: str | None,
+    coefficients: int,
+) -> Plan:
+    """The plan of a bundle of ``family``, of ``generator``, or of both; the rest is as for `Family.plan`."""
+    if family is None or spec is None:
+        assert generator is not None
+        plan = generator.plan(None, None)
+        plan.axes["batch"] = _batch_axis(limits.max_batch)
+        return plan
+    plan = family.plan(spec, limits, base_prompt, coefficients)
+    if generator is not None:
+        _join(plan, generator.plan(spec, family.condition_source))
+    return plan
+
+
+def _refuse_options_of_a_base(options: ExportOptions) -> None:
+    for name in ("targets", "lora", "samplers", "steps", "max_size", "size"):
+        if getattr(options, name):
+            raise InputError(
+                f"The option {name} was given without a base",
+                "A generator alone has no targets, no sampler and no pictures",
+                "Leave it out, or give the base",
+            )
 
 
 def _batch_axis(maximum: int) -> Any:
@@ -231,6 +265,13 @@ def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTabl
     for sampler in options.samplers or (own,):
         scheduler = make_scheduler(sampler, config)
         tables[sampler_name(scheduler)] = trace_scheduler(scheduler, options.max_steps)
+    low, high = next(iter(tables.values())).step_range()
+    if options.steps is not None and not low <= options.steps <= high:
+        raise InputError(
+            f"The default of {options.steps} steps cannot be made with sampler {next(iter(tables))}",
+            f"From {low} to {high} steps",
+            "Choose other steps, or more with --max-steps",
+        )
     history = max(table.history for table in tables.values())
     return {name: table.widen(history) for name, table in tables.items()}
 

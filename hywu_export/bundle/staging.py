@@ -32,6 +32,36 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_target(path: Path, overwrite: bool) -> None:
+    """Checks that a bundle may be written to ``path``.
+
+    Raises:
+        BundleError: it is taken and ``overwrite`` is false, is not a bundle, or is no name for one.
+    """
+    if not path.name or path.name == "..":
+        raise BundleError(
+            f"{path} is no name for a bundle", "A bundle is a directory with a name", "Choose another path"
+        )
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise BundleError(f"{path} exists and is not a directory", "A new path", "Choose another one")
+    with writing(path):
+        content = os.listdir(path)
+    if content and not overwrite:
+        raise BundleError(
+            f"{path} exists and is not empty",
+            "A bundle is written to a new path",
+            "Choose another path, or overwrite the bundle that is there (--overwrite)",
+        )
+    if content and "manifest.json" not in content:
+        raise BundleError(
+            f"{path} exists and holds no bundle (no manifest.json)",
+            "Only a bundle is overwritten",
+            "Choose another path",
+        )
+
+
 class StagingDirectory:
     """Collects files in a hidden sibling of ``path`` and renames it to ``path`` at the end.
 
@@ -47,33 +77,12 @@ class StagingDirectory:
     def __init__(self, path: Path, overwrite: bool):
         self.path, self._overwrite = path, overwrite
         self.files: dict[str, dict[str, object]] = {}
-        self._check_target()
+        check_target(path, overwrite)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._prefix = f".{path.name}.partial-"
             self._remove_leftovers()
             self.directory, self._lock = self._create()
-
-    def _check_target(self) -> None:
-        if not self.path.name or self.path.name == "..":
-            raise BundleError(f"{self.path} is no name for a bundle", "A bundle is a directory with a name")
-        if not os.path.lexists(self.path):
-            return
-        if not self.path.is_dir() or self.path.is_symlink():
-            raise BundleError(f"{self.path} exists and is not a directory", "", "Choose another path")
-        content = os.listdir(self.path)
-        if content and not self._overwrite:
-            raise BundleError(
-                f"{self.path} exists and is not empty",
-                "A bundle is written to a new path",
-                "Choose another path, or pass overwrite",
-            )
-        if content and "manifest.json" not in content:
-            raise BundleError(
-                f"{self.path} exists and holds no bundle (no manifest.json)",
-                "Only a bundle is overwritten",
-                "Choose another path",
-            )
 
     def _create(self) -> tuple[Path, int]:
         while True:

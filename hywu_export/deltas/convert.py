@@ -108,7 +108,9 @@ def peft_to_deltas(
     for name in pairs:
         if name not in modules:
             raise DeltaError(
-                f"The adapter changes the module {name!r}, which takes no deltas", "", nearest(name, modules)
+                f"The adapter changes the module {name!r}, which takes no deltas",
+                "Expected an adapter of modules that take them",
+                nearest(name, modules),
             )
     deltas: dict[str, FloatArray] = {}
     for target in spec.targets:

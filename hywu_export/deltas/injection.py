@@ -88,7 +88,11 @@ class Injection:
         shapes = self.spec.tensors()
         for name in deltas:
             if name not in shapes:
-                raise DeltaError(f"The delta tensor {name!r} has no target", "", nearest(name, shapes))
+                raise DeltaError(
+                    f"The delta tensor {name!r} has no target",
+                    "Expected the targets' own",
+                    nearest(name, shapes),
+                )
         for name, shape in shapes.items():
             if name not in deltas:
                 raise DeltaError(f"The delta tensor {name!r} is missing", "Expected tensors for every target")

@@ -49,7 +49,9 @@ def find(root: nn.Module, path: str, rank: int) -> DeltaTarget:
     modules = dict(root.named_modules(remove_duplicate=False))
     if path not in modules:
         able = (name for name, module in modules.items() if refusal(module) is None)
-        raise CheckpointError(f"The base model has no module {path!r}", "", nearest(path, able))
+        raise CheckpointError(
+            f"The base model has no module {path!r}", "Expected a module's path", nearest(path, able)
+        )
     return target_of(path, modules[path], rank)
 
 

@@ -188,7 +188,9 @@ class DeltaSpec:
             matched = [path for path in modules if _matches(path, pattern)]
             if not matched:
                 raise CheckpointError(
-                    f"The pattern {pattern!r} matches no module of the base model", "", nearest(pattern, able)
+                    f"The pattern {pattern!r} matches no module of the base model",
+                    "Expected a module's path, the end of one, or wildcards",
+                    nearest(pattern, able),
                 )
             usable = [path for path in matched if path in able]
             # What takes no deltas is chosen too where skipping it would leave the pattern without effect: an
@@ -267,7 +269,9 @@ def generator_paths(
             raise CheckpointError(f"{source} maps {name!r} to {path!r}", "Expected the path of a module")
         if name not in names:
             raise CheckpointError(
-                f"{source} maps {name!r}, which the generator does not make", "", nearest(name, names)
+                f"{source} maps {name!r}, which the generator does not make",
+                "Expected the generator's own names",
+                nearest(name, names),
             )
         if path in owners:
             raise CheckpointError(

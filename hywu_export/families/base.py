@@ -12,6 +12,9 @@ from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec
 from hywu_runtime.manifest import Call, Guidance, ImagePolicy, ProvidedTensor, State
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from hywu_export.families.components import Component
 
 
@@ -65,6 +68,28 @@ class ConditionSource:
     latents: TensorSpec
 
 
+@dataclass(frozen=True)
+class ReferenceEdit:
+    """One edit, of one photo, by the pipeline itself.
+
+    Attributes:
+        photo: uint8 ``[H, W, 3]``, at the working size.
+        prompt: what the base is told.
+        sampler, steps: how it samples.
+        latents: standard normal, float32 ``[1, C, h, w]``.
+        seed: of the ``torch.Generator`` that the scheduler draws its noise from, in the shape of ``latents``.
+        guidance: scale by name.
+    """
+
+    photo: npt.NDArray[np.uint8]
+    prompt: str
+    sampler: str
+    steps: int
+    latents: npt.NDArray[np.float32]
+    seed: int
+    guidance: Mapping[str, float]
+
+
 class Family(Protocol):
     """One base pipeline, opened from its folder. Construction checks everything that can be checked without weights."""
 
@@ -91,4 +116,8 @@ class Family(Protocol):
         ``base_prompt`` is what the base is told instead of the instruction, if the generator was trained that way.
         ``coefficients`` is the length of a row of the schedule.
         """
+        ...
+
+    def reference_edit(self, edit: ReferenceEdit) -> npt.NDArray[np.uint8]:
+        """What diffusers' own pipeline makes of ``edit`` in float32, without deltas: uint8 ``[H, W, 3]``."""
         ...

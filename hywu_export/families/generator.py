@@ -105,9 +105,9 @@ class GeneratorPart:
         self.defaults = GenerationDefaults.read(folder)
 
     @property
-    def weights(self) -> dict[str, Mapping[str, object]]:
+    def weights(self) -> dict[str, SafetensorsIndex]:
         """Component name → where its weights are."""
-        weights: dict[str, Mapping[str, object]] = {"generator": self.index}
+        weights: dict[str, SafetensorsIndex] = {"generator": self.index}
         if self.condition_encoder is not None:
             folder = self.folder / "condition_encoder"
             weights["condition_encoder"] = SafetensorsIndex.from_folder(folder, "model")

@@ -10,16 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hywu_export.deltas import DeltaSpec, inject
-from hywu_export.families.base import ConditionSource, Limits, Plan
+from hywu_export.families.base import ConditionSource, Limits, Plan, ReferenceEdit
 from hywu_export.families.components import Component, open_component, read_config
 from hywu_export.families.pixels import from_pixels, to_pixels
-from hywu_export.schedules import apply_row
+from hywu_export.schedules import apply_row, make_scheduler
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
 from hywu_runtime.errors import UnsupportedError
 from hywu_runtime.manifest import Call, Guidance, ImagePolicy, ProvidedTensor, State, Zeros
@@ -317,6 +319,26 @@ class InstructPix2Pix:
             result="edited",
             tokenizer=self.folder / "tokenizer",
         )
+
+    def reference_edit(self, edit: ReferenceEdit) -> npt.NDArray[np.uint8]:
+        from diffusers import StableDiffusionInstructPix2PixPipeline
+        from PIL import Image
+
+        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+            self.folder, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = make_scheduler(edit.sampler, self.scheduler[1])
+        pictures = pipeline(
+            prompt=edit.prompt,
+            image=Image.fromarray(edit.photo),
+            num_inference_steps=edit.steps,
+            guidance_scale=edit.guidance["text"],
+            image_guidance_scale=edit.guidance["image"],
+            latents=torch.from_numpy(edit.latents),
+            generator=torch.Generator().manual_seed(edit.seed),
+        ).images
+        return np.asarray(pictures[0])
 
 
 def _make_text_encoder(config: dict[str, Any]) -> nn.Module:

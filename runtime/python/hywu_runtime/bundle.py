@@ -38,7 +38,11 @@ class Bundle:
 
     @classmethod
     def open(
-        cls, path: str | Path, verify: bool = False, sources: Mapping[str, str | Path] | None = None
+        cls,
+        path: str | Path,
+        verify: bool = False,
+        sources: Mapping[str, str | Path] | None = None,
+        links: bool = True,
     ) -> Bundle:
         """Reads the manifest and checks every file of the bundle.
 
@@ -46,6 +50,8 @@ class Bundle:
             path: the bundle directory.
             verify: compare the SHA-256 of every file too; sizes are always compared.
             sources: for a bundle with linked weights, source id to the checkpoint's directory.
+            links: check the checkpoints that weights are linked to; without it, ``sources`` are not needed
+                until a graph is loaded.
         Raises:
             BundleError: the manifest is invalid, or a file is missing, of another size or hash, or outside
                 the bundle; a linked checkpoint is not the one that was exported.
@@ -64,7 +70,8 @@ class Bundle:
         bundle = cls(root, manifest, {name: Path(directory) for name, directory in (sources or {}).items()})
         for file in manifest.files:
             bundle._check(file, verify)
-        bundle._check_links()
+        if links:
+            bundle._check_links()
         return bundle
 
     def file(self, path: str) -> Path:

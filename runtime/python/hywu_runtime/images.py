@@ -150,6 +150,20 @@ def fit(photo: Pixels, policy: ImagePolicy, size: Size | None = None) -> Pixels:
     return _resize(pixels, _target(pixels.shape[1], pixels.shape[0], policy, size))
 
 
+def check_suffix(path: str | Path) -> str:
+    """The format, by Pillow's name, that a path's suffix asks for.
+
+    Raises:
+        InputError: another suffix than that of PNG, JPEG or WebP.
+    """
+    kind = _FORMATS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise InputError(
+            f"{path} has no known picture suffix", f"Expected {', '.join(_FORMATS)}", "Change the suffix"
+        )
+    return kind
+
+
 def save_picture(pixels: Pixels | Image.Image, path: str | Path) -> None:
     """Writes a picture, whole or not at all, as PNG, JPEG or WebP by the path's suffix.
 
@@ -158,11 +172,7 @@ def save_picture(pixels: Pixels | Image.Image, path: str | Path) -> None:
     """
     from PIL import Image
 
-    kind = _FORMATS.get(Path(path).suffix.lower())
-    if kind is None:
-        raise InputError(
-            f"{path} has no known picture suffix", f"Expected {', '.join(_FORMATS)}", "Change the suffix"
-        )
+    kind = check_suffix(path)
     image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
     options = {"quality": 95} if kind != "PNG" else {}
     write_atomically(path, lambda stream: image.save(stream, kind, **options))

@@ -133,6 +133,18 @@ class OrtSession:
                     )
         return OrtBinding(self._session, self._label, inputs, outputs)
 
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Runs once on arrays of the host; the outputs have the shapes that the graph gives them.
+
+        Raises:
+            EngineError: the graph does not take the arrays, or fails.
+        """
+        names = [value.name for value in self._session.get_outputs()]
+        try:
+            return dict(zip(names, self._session.run(names, dict(inputs))))
+        except Exception as error:
+            raise _failure(error, f"graph {self._label} failed") from None
+
 
 def _takes(value: Any, tensor: DeviceTensor) -> bool:
     """Whether a graph's input or output, with names for dynamic axes, is of the tensor's dtype and shape."""

@@ -1,0 +1,134 @@
+"""``hywu export``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hywu_export.cli.common import (
+    Command,
+    json_option,
+    plural,
+    print_json,
+    progress_bar,
+    require_toolchain,
+    size_text,
+    table,
+    time_text,
+)
+from hywu_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from hywu_runtime.manifest import Manifest
+
+_COUNT = click.IntRange(1, 4096)
+_STEPS = click.IntRange(1, 1000)  # what diffusion models are trained with
+_PIXELS = click.IntRange(1, 65536)
+
+
+@click.command(cls=Command)
+@click.option("--base", metavar="DIR", help="A diffusers pipeline, as save_pretrained writes it.")
+@click.option("--generator", metavar="DIR", help="A HY-WU parameter generator.")
+@click.option("--out", metavar="BUNDLE", required=True, help="The folder to write; it must not exist.")
+@click.option(
+    "--targets",
+    metavar="PATTERN",
+    multiple=True,
+    help="Modules that take deltas, where there is no generator; repeat for more.",
+)
+@click.option(
+    "--lora", metavar="DIR", help="A PEFT adapter whose modules and ranks the bundle takes instead."
+)
+@click.option(
+    "--max-rank", type=_COUNT, metavar="N", default=16, show_default=True, help="Rank of --targets."
+)
+@click.option(
+    "--scheduler",
+    "schedulers",
+    metavar="NAME",
+    multiple=True,
+    help="Schedulers to offer, the default first.  [default: the pipeline's own]",
+)
+@click.option(
+    "--max-steps", type=_STEPS, metavar="N", default=100, show_default=True, help="Most steps of an edit."
+)
+@click.option("--steps", type=_STEPS, metavar="N", help="Default steps of an edit.")
+@click.option("--guidance", type=float, metavar="X", help="Default guidance by the prompt.")
+@click.option("--image-guidance", type=float, metavar="X", help="Default guidance by the photo.")
+@click.option(
+    "--batch", type=_COUNT, metavar="MAX", default=8, show_default=True, help="Most photos in a batch."
+)
+@click.option("--max-size", type=_PIXELS, metavar="PIXELS", help="Longest side of a picture.")
+@click.option("--size", type=_PIXELS, metavar="PIXELS", help="Side of the default working area.")
+@click.option("--link-weights", is_flag=True, help="Leave the weights in the checkpoints.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle, in one step at the end.")
+@json_option
+def export(
+    base: str | None, generator: str | None, out: str, targets: tuple[str, ...], lora: str | None,
+    max_rank: int, schedulers: tuple[str, ...], max_steps: int, steps: int | None, guidance: float | None,
+    image_guidance: float | None, batch: int, max_size: int | None, size: int | None, link_weights: bool,
+    overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write a bundle from a base pipeline, a generator, or both.
+
+    \b
+    hywu export --base models/editor --generator models/generator --out bundle
+    hywu export --base models/editor --targets to_q --targets to_v --max-rank 8 --out bundle
+    """
+    from hywu_export.bundle.staging import check_target
+
+    start = time.perf_counter()
+    if base is None and generator is None:
+        raise InputError(
+            "There is nothing to export", "A base, a generator, or both", "Give --base or --generator"
+        )
+    check_target(Path(out).absolute(), overwrite)  # before the long way to the writer, which checks again
+    require_toolchain()
+    from hywu_export.exporter import ExportOptions
+    from hywu_export.exporter import export as export_bundle
+
+    scales = {"text": guidance, "image": image_guidance}
+    options = ExportOptions(
+        targets=targets, lora=None if lora is None else Path(lora), max_rank=max_rank, samplers=schedulers,
+        max_steps=max_steps, steps=steps,
+        guidance={name: scale for name, scale in scales.items() if scale is not None},
+        max_batch=batch, max_size=max_size, size=size, link_weights=link_weights, overwrite=overwrite,
+    )  # fmt: skip
+    with progress_bar() as show:
+        manifest = export_bundle(out, base, generator, options, show)
+    _report(Path(out), manifest, time.perf_counter() - start, as_json)
+
+
+def _report(out: Path, manifest: Manifest, seconds: float, as_json: bool) -> None:
+    size = sum(file.size for file in manifest.files.values())
+    links = {(t.source, t.file, t.offset): t.length for ts in manifest.linked.values() for t in ts.values()}
+    linked, made = sum(links.values()), len(manifest.results.deltas)
+    spec, schedules = manifest.deltas, manifest.schedules
+    if as_json:
+        print_json(
+            {
+                "bundle": str(out),
+                "graphs": list(manifest.graphs),
+                "targets": len(spec.targets) if spec is not None else 0,
+                "rank": spec.rank if spec is not None else None,
+                "generated": made,
+                "schedulers": list(schedules.samplers) if schedules is not None else [],
+                "bytes": size,
+                "linked_bytes": linked,
+                "seconds": seconds,
+            }
+        )
+        return
+    deltas = f"{plural(len(spec.targets), 'target')}, rank {spec.rank}" if spec is not None else "no targets"
+    rows = [
+        ("bundle", out),
+        ("graphs", ", ".join(manifest.graphs)),
+        ("deltas", f"{deltas}; {made} tensors generated" if made else f"{deltas}; none generated"),
+        ("schedulers", ", ".join(schedules.samplers) if schedules is not None else "none"),
+        ("size", size_text(size) + (f", and {size_text(linked)} linked" if linked else "")),
+        ("time", time_text(seconds)),
+    ]
+    click.echo(table(rows, indent=0))

@@ -1,0 +1,216 @@
+"""``hywu inspect``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hywu_export.cli.common import (
+    Command,
+    json_option,
+    plural,
+    print_json,
+    printable,
+    size_text,
+    source_option,
+    table,
+)
+
+if TYPE_CHECKING:
+    from hywu_runtime.manifest import Axis, Manifest
+
+
+@click.command(cls=Command)
+@click.argument("bundle")
+@click.option("--verify", is_flag=True, help="Compare the SHA-256 of every file.")
+@source_option
+@json_option
+def inspect(bundle: str, verify: bool, sources: dict[str, str], as_json: bool) -> None:
+    """Show what is in BUNDLE, and check that it is whole."""
+    from hywu_runtime import Bundle
+
+    opened = Bundle.open(bundle, verify, sources, links=bool(sources))
+    summary = summarize(opened.manifest)
+    if verify:
+        summary["verified_files"] = len(opened.manifest.files)
+    if as_json:
+        print_json(summary)
+    else:
+        click.echo(_text(summary, opened.manifest))
+
+
+def summarize(manifest: Manifest) -> dict[str, Any]:
+    """What a bundle holds, as plain values; lengths in bytes."""
+    phases: dict[str, list[str]] = {name: [] for name in manifest.graphs}
+    for call in manifest.program:
+        if call.phase not in phases[call.graph]:
+            phases[call.graph].append(call.phase)
+    deltas, schedules = manifest.deltas, manifest.schedules
+    return {
+        "name": manifest.name,
+        "format": manifest.format,
+        "family": manifest.family,
+        "producer": f"{manifest.producer.name} {manifest.producer.version}",
+        "bytes": sum(file.size for file in manifest.files.values()),
+        "files": {name: file.size for name, file in manifest.files.items()},
+        "graphs": {
+            name: {
+                "phases": phases[name],
+                "inputs": len(graph.inputs),
+                "outputs": len(graph.outputs),
+                "file": graph.file,
+                "bytes": manifest.files[graph.file].size,
+            }
+            for name, graph in manifest.graphs.items()
+        },
+        "axes": {name: _axis(axis) for name, axis in manifest.axes.items()},
+        "results": {"image": manifest.results.image, "deltas": len(manifest.results.deltas)},
+        "image": None
+        if manifest.image is None
+        else {
+            "multiple": manifest.image.multiple,
+            "min": manifest.image.min,
+            "max": manifest.image.max,
+            "default_area": manifest.image.default_area,
+        },
+        "guidance": {scale.name: scale.default for scale in manifest.guidance},
+        "schedulers": {}
+        if schedules is None
+        else {
+            name: {
+                "class": sampler.class_name,
+                "steps": list(sampler.steps),
+                "stochastic": sampler.stochastic,
+            }
+            for name, sampler in schedules.samplers.items()
+        },
+        "default_scheduler": None if schedules is None else schedules.default,
+        "default_steps": None if schedules is None else schedules.default_steps,
+        "deltas": None
+        if deltas is None
+        else {
+            "targets": len(deltas.targets),
+            "rank": deltas.rank,
+            "kinds": dict(Counter(target.kind for target in deltas.targets)),
+            "numbers": sum(math.prod(shape) for shape in deltas.tensors.values()),
+        },
+        "tokenizers": {
+            name: {"max_length": t.max_length, "file": t.file} for name, t in manifest.tokenizers.items()
+        },
+        "sources": {
+            name: {"name": source.name, "licence": source.licence, "linked_files": list(source.files)}
+            for name, source in manifest.sources.items()
+        },
+        "linked_tensors": sum(len(tensors) for tensors in manifest.linked.values()),
+        "licences": [{"of": one.of, "licence": one.licence, "file": one.file} for one in manifest.licences],
+        "variants": {name: len(variant.graphs) for name, variant in manifest.variants.items()},
+        "engines": {name: len(engine.graphs) for name, engine in manifest.engines.items()},
+    }
+
+
+def _axis(axis: Axis) -> dict[str, Any]:
+    if axis.of is not None:
+        return {"of": axis.of, "divide": axis.divide}
+    return {"min": axis.min, "max": axis.max, "multiple": axis.multiple, "one_or": axis.one_or}
+
+
+def _text(summary: dict[str, Any], manifest: Manifest) -> str:
+    size, files = size_text(summary["bytes"]), plural(len(manifest.files), "file")
+    lines = [
+        printable(f"{summary['name']}: {summary['family'] or 'a generator alone'}"),
+        printable(f"format {summary['format']}, {summary['producer']}, {files}, {size}"),
+    ]
+    if "verified_files" in summary:
+        lines.append(f"the hashes of all {plural(summary['verified_files'], 'file')} are right")
+
+    def section(title: str, rows: list[tuple[object, ...]], header: tuple[str, ...] = ()) -> None:
+        if rows:
+            lines.extend(["", title, table(rows, header)])
+
+    section(
+        "graphs",
+        [
+            (name, ", ".join(graph["phases"]), graph["inputs"], graph["outputs"], size_text(graph["bytes"]))
+            for name, graph in summary["graphs"].items()
+        ],
+        ("name", "phase", "inputs", "outputs", "size"),
+    )
+    others = {name: size for name, size in summary["files"].items() if not name.endswith(".onnx")}
+    section("other files", [(name, size_text(size)) for name, size in others.items()])
+    section("axes", [(name, _axis_text(axis)) for name, axis in manifest.axes.items()])
+    section(
+        "schedulers",
+        [
+            (name, s["class"], f"{s['steps'][0]} to {s['steps'][1]} steps", _notes(name, s, summary))
+            for name, s in summary["schedulers"].items()
+        ],
+    )
+    section(
+        "guidance",
+        [
+            (
+                g.name,
+                f"default {g.default:g}",
+                f"on above {g.above:g}" if g.above is not None else f"on from {g.at_least:g}",
+            )
+            for g in manifest.guidance
+        ],
+    )
+    section("deltas", _delta_rows(summary))
+    section(
+        "tokenizers",
+        [(name, f"{t['max_length']} tokens", t["file"]) for name, t in summary["tokenizers"].items()],
+    )
+    section(
+        "sources",
+        [
+            (
+                name,
+                s["name"],
+                f"licence {s['licence'] or 'not stated'}",
+                "linked" if s["linked_files"] else "copied",
+            )
+            for name, s in summary["sources"].items()
+        ],
+    )
+    for title in ("variants", "engines"):
+        section(
+            title, [(name, plural(count, "graph")) for name, count in summary[title].items()] or [("none",)]
+        )
+    return "\n".join(lines)
+
+
+def _delta_rows(summary: dict[str, Any]) -> list[tuple[object, ...]]:
+    deltas, made = summary["deltas"], summary["results"]["deltas"]
+    generated: tuple[object, ...] = (
+        "generated",
+        f"{made} tensors" if made else "no: given with each request",
+    )
+    if deltas is None:
+        return [generated] if made else []
+    kinds = ", ".join(f"{count} {kind}" for kind, count in deltas["kinds"].items())
+    return [
+        ("targets", f"{deltas['targets']} ({kinds})"),
+        ("rank", f"{deltas['rank']}"),
+        ("numbers", f"{deltas['numbers']:,} for a sample"),
+        generated,
+    ]
+
+
+def _axis_text(axis: Axis) -> str:
+    if axis.of is not None:
+        return f"{axis.of} / {axis.divide}"
+    limits = f"{axis.min} to {axis.max}"
+    if axis.multiple != 1:
+        limits += f" in steps of {axis.multiple}"
+    return f"1 or {axis.one_or}" if axis.one_or is not None else limits
+
+
+def _notes(name: str, sampler: dict[str, Any], summary: dict[str, Any]) -> str:
+    notes = ["draws noise in every step"] if sampler["stochastic"] else []
+    if name == summary["default_scheduler"]:
+        notes.insert(0, f"default, with {plural(summary['default_steps'], 'step')}")
+    return "; ".join(notes)
