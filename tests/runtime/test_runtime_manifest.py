@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ import toy_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hywu_runtime import Manifest, codec
+from hywu_runtime import manifest as manifest_module
 from hywu_runtime.errors import BundleError, HywuError
 from hywu_runtime.manifest import ProvidedTensor, is_safe_path
 
@@ -156,6 +159,12 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("result not made", lambda m: m["results"].update(image="image"), "results.image", False),
     ("result of wrong type", lambda m: m["results"].update(image="source"), "uint8", False),
     ("result no delta", lambda m: m["results"].update(deltas=["source"]), "deltas", False),
+    (
+        "result of guided requests alone",
+        lambda m: m["program"][8].update(guided=True),
+        "results.image",
+        False,
+    ),
     ("no such sampler", lambda m: m["schedules"].update(default="ghost"), "ghost", False),
     ("default steps", lambda m: m["schedules"].update(default_steps=99), "default_steps", False),
     ("no schedules", lambda m: m.pop("schedules"), "schedules", False),
@@ -224,7 +233,9 @@ def test_text_that_is_no_manifest(tmp_path: Path, text: bytes) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "ghost", "a\0b"):
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/manifest.json")
+    for path in (tmp_path, tmp_path / "ghost", "a\0b", tmp_path / "pipe"):
         with pytest.raises(BundleError):
             Manifest.read(path)
 
@@ -351,3 +362,27 @@ def test_examples_of_the_documentation_are_of_the_format() -> None:
     table = set(re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (?:int|str|object|array)", text, re.MULTILINE))
     documented = {name for row in table for name in re.findall(r"`(\w+)`", row)}
     assert documented == set(hints)
+
+
+def test_schema_has_the_keys_of_the_dataclasses() -> None:
+    kinds = {"manifest": Manifest} | {
+        kind.__name__[0].lower() + kind.__name__[1:]: kind
+        for kind in vars(manifest_module).values()
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind is not Manifest
+    }
+    kinds["graph_set"] = kinds.pop("graphSet")
+    kinds.pop("rule")
+    for name, kind in kinds.items():
+        part = SCHEMA if name == "manifest" else SCHEMA["$defs"][name]
+        fields = codec._fields(kind)
+        assert set(part["properties"]) == {key for key, _, _ in fields.values()}, name
+        required = {key for key, _, default in fields.values() if default is dataclasses.MISSING}
+        assert set(part.get("required", [])) == required, name
+
+
+def test_without_guidance_there_is_one_form() -> None:
+    value = valid()
+    value["guidance"] = []
+    value["program"] = [call for call in value["program"] if not call.get("guided")]
+    del value["tensors"]["guidance.text"]
+    assert Manifest.from_dict(value).program[-2].guided is False

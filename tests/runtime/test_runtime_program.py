@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_bundle
-from hywu_runtime import Deltas, Editor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hywu_runtime import Bundle, Deltas, Editor, Manifest
 from hywu_runtime.backends import available_backends, create_backend
 from hywu_runtime.backends.onnxruntime import OnnxRuntime, OrtBinding
 from hywu_runtime.errors import (
@@ -99,15 +102,17 @@ def test_stochastic_sampler_with_more_rows_than_steps(editor: Editor) -> None:
     np.testing.assert_array_equal(given, result)
 
 
-def test_guided_and_unguided_choose_their_calls(editor: Editor, counted: list[str]) -> None:
-    edit(editor, photo(), "x", guidance=1.5)
-    assert counted.count("step") == 3
-    assert "step_plain" not in counted
-    counted.clear()
-    edit(editor, photo(), "x", guidance=1.0)
-    assert counted.count("step_plain") == 3
-    assert "step" not in counted
-    assert counted.count("words") == 1  # the constant prompt is not needed
+def test_guided_and_unguided_choose_their_calls(toy: Path, counted: list[str]) -> None:
+    with Editor.load(toy) as editor:
+        edit(editor, photo(), "x", guidance=1.0)
+        assert counted.count("step_plain") == 3
+        assert "step" not in counted
+        assert counted.count("words") == 1  # the constant prompt is not needed
+        counted.clear()
+        edit(editor, photo(), "x", guidance=1.5)
+        assert counted.count("step") == 3
+        assert "step_plain" not in counted
+        assert counted.count("words") == 2
 
 
 def test_load_phase_runs_once_per_batch_size(toy: Path, counted: list[str]) -> None:
@@ -571,6 +576,73 @@ def test_graph_that_fails_while_it_runs(tmp_path: Path) -> None:
         with pytest.raises(EngineError, match=r"words\.onnx failed"):
             edit(editor, photo(), "short")
         assert edit(editor, photo(), "long enough", guidance=1.0).shape == (HEIGHT, WIDTH, 3)
+
+
+MANIFEST = toy_bundle.manifest_dict({})
+NUMBERS = st.sampled_from([1, 2, 3, 4, 8, 77, 2**16, 2**31 - 1])
+WORDS = st.sampled_from(
+    [
+        "batch",
+        "delta_batch",
+        "height",
+        "latent_width",
+        "latents",
+        "latents.next",
+        "cache",
+        "prompt.words",
+        "image",
+        "gate",
+        "load",
+        "request",
+        "step",
+        "final",
+        "float32",
+        "int64",
+        "initial",
+        "even",
+        "left",
+        "mix.lora_A",
+        "mix.lora_B",
+        "words",
+        "marks",
+        "encode",
+        "generate",
+        "prepare",
+        "step_plain",
+    ]
+)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    )
+    return (
+        [path]
+        if children is None
+        else [leaf for key, child in children for leaf in leaves(child, (*path, key))]
+    )
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(leaves(MANIFEST)), NUMBERS, WORDS), min_size=1, max_size=2))
+def test_hostile_manifests_run_or_give_our_error(toy: Path, changes: list[tuple[Any, int, str]]) -> None:
+    value = json.loads((toy / "manifest.json").read_text())
+    for place, number, word in changes:
+        holder = value
+        for key in place[:-1]:
+            holder = holder.get(key, {}) if isinstance(holder, dict) else holder[key]
+        if isinstance(holder, dict) and place[-1] not in holder:
+            continue  # a key with its default value is not in the file
+        holder[place[-1]] = word if isinstance(holder[place[-1]], str) else number
+    try:
+        with Editor(
+            Bundle(toy, Manifest.from_dict(value), {}), create_backend("ort-cpu", threads=1)
+        ) as editor:
+            result = edit(editor, photo(), "hello", size=None)
+    except HywuError:
+        return
+    assert result.dtype == np.uint8
 
 
 def test_every_damaged_file_gives_our_error(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ GRAPHS = {
             image = Cast<to=2>(r) }""",
 }
 _STEP = """%s (float[batch, 4, h, w] latents, float[batch, 4, h, w] source, float[batch, 1, h, w] region, float[batch, 4] words,
-        float[batch, 4] base, float[batch, 4] cache, float t, float[4] c, float[batch, 4, h, w] noise,
+        float[batch, 4] cache, float t, float[4] c, float[batch, 4, h, w] noise,
         float[d, 3, 4] a, float[d, 4, 3] b, float[batch] gate%s) => (float[batch, 4, h, w] next, float[batch,
         4] next_cache)
     <float[4, 4] mix> {
@@ -60,7 +60,7 @@ _STEP = """%s (float[batch, 4, h, w] latents, float[batch, 4, h, w] source, floa
         p1 = Mul(latents, c1) p2 = Mul(m, c2) p3 = Mul(noise, c3) p12 = Add(p1, p2) next = Add(p12, p3)
         mean = ReduceMean<keepdims=0>(m, hw) half = Mul(cache, point5) next_cache = Add(half, mean) }"""
 _GUIDED = "dw = Sub(words, base) gs = Unsqueeze(guidance, one_i) dg = Mul(dw, gs) cg = Add(base, dg) cond = Add(cg, cache)"
-GRAPHS["step"] = _STEP % ("step", ", float[batch] guidance", _GUIDED)
+GRAPHS["step"] = _STEP % ("step", ", float[batch, 4] base, float[batch] guidance", _GUIDED)
 GRAPHS["step_plain"] = _STEP % ("step_plain", "", "cond = Add(words, cache)")
 
 CONSTANTS: dict[str, Any] = {
@@ -162,7 +162,7 @@ def manifest_dict(files: dict[str, Any]) -> dict[str, Any]:
 
     latents = ["batch", 4, "latent_height", "latent_width"]
     step = {
-        "latents": "latents", "source": "source", "region": "region", "words": "prompt.words", "base": "base.words", "cache": "cache",
+        "latents": "latents", "source": "source", "region": "region", "words": "prompt.words", "cache": "cache",
         "t": "timestep", "c": "coefficients", "noise": "noise.step", "a": DELTAS[0], "b": DELTAS[1], "gate": "gate",
     }  # fmt: skip
     made = {"next": "latents.next", "next_cache": "cache.next"}
@@ -207,7 +207,7 @@ def manifest_dict(files: dict[str, Any]) -> dict[str, Any]:
             {"graph": "prepare", "phase": "request",
              "inputs": {"noise": "noise.initial", "scale": "initial_scale", "words": "prompt.words"},
              "outputs": {"latents": "latents.initial", "cache": "cache.initial"}},
-            {"graph": "step", "phase": "step", "guided": True, "inputs": {**step, "guidance": "guidance.text"}, "outputs": made},
+            {"graph": "step", "phase": "step", "guided": True, "inputs": {**step, "base": "base.words", "guidance": "guidance.text"}, "outputs": made},
             {"graph": "step_plain", "phase": "step", "guided": False, "inputs": step, "outputs": made},
             {"graph": "final", "phase": "final", "outputs": {"image": "edited"}},
         ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from hywu_runtime.codec import show
 from hywu_runtime.deltas import Deltas
 from hywu_runtime.errors import BundleError, DeltaError, InputError, UnsupportedError
 from hywu_runtime.images import Photo, Pixels, Size, load_photo
-from hywu_runtime.manifest import ImagePolicy
+from hywu_runtime.manifest import ImagePolicy, ProvidedTensor
 from hywu_runtime.noise import normal
 from hywu_runtime.program import Executor, Plan, Request, Timings, make_plan, resolve_axes, resolve_shape
 from hywu_runtime.schedule import Rows, Schedule
@@ -31,7 +31,8 @@ Array = npt.NDArray[Any]
 Cancel: TypeAlias = Callable[[], object] | threading.Event
 Scale: TypeAlias = float | Sequence[float]
 T = TypeVar("T")
-_log = logging.getLogger(__name__)
+
+MAX_NOISE = 2**30  # far above any latents: what a damaged manifest asks for must not take hours
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,7 @@ class Editor:
         batch = self._batch_of(given)
         samples = self._samples([(photo, prompt)] * batch, "", 0, None, None, 1.0, size)
         plan = make_plan(self._manifest, wanted, frozenset(given))
+        given |= self._absent(plan, samples)
         deltas = Deltas(self._run(plan, samples, given, None, None, (), None, None))
         for name, tensor in deltas.items():
             if not np.isfinite(tensor).all():
@@ -421,9 +423,7 @@ class Editor:
         late |= {state.tensor for state in m.state} | (
             set(m.deltas.tensors) if m.deltas is not None else set()
         )
-        late |= {
-            n for n, t in m.tensors.items() if t.draw == "step" or t.column in ("timesteps", "coefficients")
-        }
+        late |= {name for name, tensor in m.tensors.items() if tensor.changes}
         for name in given:
             if name not in m.signatures or name in late:
                 raise InputError(
@@ -495,56 +495,49 @@ class Editor:
     ) -> dict[str, Array]:
         """Gathers the provided tensors of a plan and runs it."""
         tensors = {name: self._manifest.tensors[name] for name in sorted(plan.provided - given.keys())}
-        values: dict[str, Array] = {}
-        for name, tensor in tensors.items():
-            if tensor.source == "image":
-                if len(samples.pixels) != len(samples):
-                    raise InputError(
-                        "A photo is missing", "This bundle needs one for each request", "Give a photo"
-                    )
-                values[name] = np.stack(self._same_size(samples.pixels))
-            elif tensor.source == "text":
-                values[name] = self._encode(name, samples)[0].astype(tensor.dtype)
-            elif tensor.source == "mask":
-                values[name] = self._encode(tensor.of or "", samples)[1].astype(tensor.dtype)
-            elif tensor.source == "guidance":
-                values[name] = np.array(samples.scales[tensor.guidance or ""], np.float32)
-            elif tensor.source == "gate":
-                values[name] = np.array(samples.strengths, np.float32)
-            elif tensor.source == "input":
-                raise InputError(
-                    f"The tensor {show(name)} is missing",
-                    "This bundle takes it from the caller",
-                    f"Give inputs={{{name!r}: array}}",
-                )
-            elif tensor.column == "initial_scale" and rows is not None:
-                values[name] = np.asarray(rows.initial_scale)
+        values = {name: self._value(name, samples, rows) for name, t in tensors.items() if not _needs_axes(t)}
         values |= given  # last, so that it is the caller's tensor that is blamed for a size
         axes = resolve_axes(self._manifest, len(samples), values)
         per_step: dict[str, Callable[[int], Array]] = {}
         for name, tensor in tensors.items():
-            if tensor.draw is not None:
+            if tensor.draw == "initial":
+                values[name] = _draw(resolve_shape(self._manifest, name, axes), samples.seeds, 0)
+            elif tensor.draw == "step":
                 shape = resolve_shape(self._manifest, name, axes)
-                if tensor.draw == "initial":
-                    values[name] = _draw(shape, samples.seeds, 0)
-                else:
-                    per_step[name] = self._step_noise(shape, samples, rows, noise)
-            elif tensor.column == "timesteps" and rows is not None:
-                per_step[name] = _row(rows.timesteps)
-            elif tensor.column == "coefficients" and rows is not None:
-                per_step[name] = _row(rows.coefficients)
-                if (rows.coefficients.shape[1],) != tensor.shape:
-                    raise BundleError(
-                        f"The schedule has {rows.coefficients.shape[1]} coefficients",
-                        f"Expected {list(tensor.shape)}, as tensor {show(name)}",
-                        "Export the bundle again",
-                    )
+                per_step[name] = self._step_noise(shape, samples, rows, noise)
+            elif tensor.changes and rows is not None:
+                per_step[name] = _column(rows, name, tensor)
         evaluations = len(rows) if rows is not None else 1
         cancelled = cancel.is_set if isinstance(cancel, threading.Event) else cancel
         request = Request(axes, values, per_step, evaluations, finite, progress, cancelled)
         with self._lock:
             self._check_open()
             return self._executor.run(plan, request)
+
+    def _value(self, name: str, samples: _Samples, rows: Rows | None) -> Array:
+        """A provided tensor whose size the request alone determines."""
+        tensor = self._manifest.tensors[name]
+        if tensor.source == "image":
+            if len(samples.pixels) != len(samples):
+                raise InputError(
+                    "A photo is missing", "This bundle needs one for each request", "Give a photo"
+                )
+            return np.stack(self._same_size(samples.pixels))
+        if tensor.source == "text":
+            return self._encode(name, samples)[0].astype(tensor.dtype)
+        if tensor.source == "mask":
+            return self._encode(tensor.of or "", samples)[1].astype(tensor.dtype)
+        if tensor.source == "guidance":
+            return np.array(samples.scales[tensor.guidance or ""], np.float32)
+        if tensor.source == "gate":
+            return np.array(samples.strengths, np.float32)
+        if tensor.column == "initial_scale" and rows is not None:
+            return np.asarray(rows.initial_scale)
+        raise InputError(
+            f"The tensor {show(name)} is missing",
+            "This bundle takes it from the caller",
+            f"Give inputs={{{name!r}: array}}",
+        )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -596,10 +589,29 @@ class Editor:
 
 
 def _draw(shape: tuple[int, ...], seeds: Sequence[tuple[int, int]], draw: int) -> npt.NDArray[np.float32]:
+    if math.prod(shape) > MAX_NOISE:
+        raise BundleError(
+            f"The bundle asks for {math.prod(shape)} random numbers at once",
+            f"Expected at most {MAX_NOISE}",
+            "Use a smaller size or batch; if it is as small as can be, the bundle is damaged",
+        )
     return np.stack([normal(shape[1:], seed, sample, draw) for seed, sample in seeds])
 
 
-def _row(table: Array) -> Callable[[int], Array]:
+def _needs_axes(tensor: ProvidedTensor) -> bool:
+    """Whether a tensor is drawn at a size that others determine, or changes from step to step."""
+    return tensor.draw is not None or tensor.changes
+
+
+def _column(rows: Rows, name: str, tensor: ProvidedTensor) -> Callable[[int], Array]:
+    """A column of the schedule by evaluation."""
+    table = rows.timesteps if tensor.column == "timesteps" else rows.coefficients
+    if table.shape[1:] != tensor.shape:
+        raise BundleError(
+            f"The schedule has {table.shape[1]} coefficients",
+            f"Expected {list(tensor.shape)}, as tensor {show(name)}",
+            "Export the bundle again",
+        )
     return lambda k: np.asarray(table[k])
 
 

@@ -117,6 +117,11 @@ class ProvidedTensor:
     column: Literal["initial_scale", "timesteps", "coefficients"] | None = None
     guidance: Name | None = None
 
+    @property
+    def changes(self) -> bool:
+        """Whether the tensor has another value in every step."""
+        return self.draw == "step" or self.column in ("timesteps", "coefficients")
+
 
 @dataclass(frozen=True)
 class Value:
@@ -362,6 +367,8 @@ class Manifest:
         path = Path(path)
         try:
             path = path / FILE_NAME if path.is_dir() else path
+            if path.exists() and not path.is_file():
+                raise ValueError("not a file")
             with path.open("rb") as stream:
                 text = stream.read(MAX_BYTES + 1)
         except (OSError, ValueError) as error:

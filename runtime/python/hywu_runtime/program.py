@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hywu_runtime.backends import Backend, Binding, DeviceTensor, Session
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.codec import show
-from hywu_runtime.errors import CancelledError, DeltaError, InputError
+from hywu_runtime.errors import CancelledError, DeltaError, DeviceError, InputError
 from hywu_runtime.manifest import PHASES, Manifest, Phase, Value, Zeros
 
 Array = npt.NDArray[Any]
@@ -180,6 +180,13 @@ class Executor:
             after = _AFTER[(request.evaluations - 1) % 2]
             self._run_phase(plan.calls["final"], request, after)
             return {name: self._tensor(name, after).read() for name in plan.wanted}
+        except MemoryError:
+            self._release()
+            raise DeviceError(
+                "Memory ran out",
+                "Expected the request to fit",
+                "Use a smaller size or batch, or low_memory=True",
+            ) from None
         except BaseException:
             self._release()
             raise

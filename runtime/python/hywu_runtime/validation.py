@@ -295,9 +295,8 @@ def _program(m: Manifest) -> None:
             )
     # Execution order: phase by phase, within a phase in the order of the list.
     order = sorted(range(len(m.program)), key=lambda i: PHASES.index(m.program[i].phase))
-    for guided in (False, True):
+    for guided in (False, True) if m.guidance else (False,):
         _flow(m, [i for i in order if m.program[i].runs(guided)], guided)
-    _results(m)
 
 
 def _flow(m: Manifest, order: list[int], guided: bool) -> None:
@@ -335,6 +334,7 @@ def _flow(m: Manifest, order: list[int], guided: bool) -> None:
                     )
             made[name] = (value, i)
     _state(m, made)
+    _results(m, made)
 
 
 def _readable(
@@ -356,7 +356,7 @@ def _readable(
             raise malformed(
                 where, f"reads {show(name)} in the load phase", "constant texts and what is made of them"
             )
-        if call.phase != "step" and (tensor.draw == "step" or tensor.column in ("timesteps", "coefficients")):
+        if call.phase != "step" and tensor.changes:
             raise malformed(
                 where, f"reads {show(name)} in phase {call.phase}", "the step phase, where it has a value"
             )
@@ -413,9 +413,7 @@ def _state(m: Manifest, made: Mapping[str, tuple[Value, int]]) -> None:
         if isinstance(state.initial, str):
             initial = state.initial
             provided = m.tensors.get(initial)
-            per_step = provided is not None and (
-                provided.draw == "step" or provided.column in ("timesteps", "coefficients")
-            )
+            per_step = provided is not None and provided.changes
             early = initial in made and m.program[made[initial][1]].phase in ("load", "request")
             if per_step or (provided is None and not early):
                 raise malformed(
@@ -432,8 +430,7 @@ def _state(m: Manifest, made: Mapping[str, tuple[Value, int]]) -> None:
         _agree(m, f"{where}.next", made[state.next][0], signature)
 
 
-def _results(m: Manifest) -> None:
-    made = {name for call in m.program for name in m.writes(call).values()}
+def _results(m: Manifest, made: Mapping[str, object]) -> None:
     if m.results.image is None and not m.results.deltas:
         raise malformed("results", "is empty", "an `image`, `deltas`, or both")
     if m.results.image is not None:
