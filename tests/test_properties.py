@@ -27,7 +27,9 @@ def test_gate_0_is_the_base_bit_for_bit(lora_bundle: Path, graph: str) -> None:
     with Editor.load(lora_bundle) as editor:
         manifest = editor.bundle.manifest
     assert manifest.deltas is not None
-    session = ort.InferenceSession(lora_bundle / manifest.graphs[graph].file, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        lora_bundle / manifest.graphs[graph].file, providers=["CPUExecutionProvider"]
+    )
     rng = np.random.default_rng(0)
     sizes = {"batch": 2, "delta_batch": 1, "latent_height": 8, "latent_width": 12}
     inputs = {

@@ -12,12 +12,11 @@ from hywu_export.passes import lint
 from hywu_export.tracing import Axis, TensorSpec, rtx
 from hywu_runtime import Manifest
 
+BASE = ["text_encoder", "image_encoder", "prepare", "step", "step_unguided", "image_decoder"]
 GRAPHS = {
-    "bundle": [
-        "text_encoder", "image_encoder", "condition", "generator", "prepare", "step", "step_unguided", "image_decoder",
-    ],
-    "lora_bundle": ["text_encoder", "image_encoder", "prepare", "step", "step_unguided", "image_decoder"],
-}  # fmt: skip
+    "bundle": [*BASE, "condition", "generator"],
+    "lora_bundle": BASE,
+}
 CASES = [(fixture, graph) for fixture, graphs in GRAPHS.items() for graph in graphs]
 
 

@@ -31,7 +31,9 @@ def largest(got: Sequence[Any], expected: Sequence[Any]) -> int:
     return max(int(np.abs(np.int16(a) - np.int16(b)).max()) for a, b in zip(got, expected))
 
 
-def random_deltas(spec: Any, seed: int = 0, scale: float = 0.3, rank: int | None = None, batch: int = 1) -> Deltas:
+def random_deltas(
+    spec: Any, seed: int = 0, scale: float = 0.3, rank: int | None = None, batch: int = 1
+) -> Deltas:
     """Deltas for a manifest's ``deltas`` that change the picture; B is scaled, A is of unit size."""
     rng = np.random.default_rng(seed)
     tensors = {}
@@ -55,7 +57,9 @@ class Reference:
         if scheduler is not None:
             self.pipe.scheduler = getattr(diffusers, scheduler).from_config(self.pipe.scheduler.config)
 
-    def add_adapter(self, deltas: Mapping[str, np.ndarray], name: str = "default", strength: float = 1.0) -> None:
+    def add_adapter(
+        self, deltas: Mapping[str, np.ndarray], name: str = "default", strength: float = 1.0
+    ) -> None:
         """Puts deltas with D = 1 into the UNet as the PEFT adapter ``name``, scaled by ``strength``."""
         from peft import LoraConfig
 

@@ -41,7 +41,11 @@ def plain(pair: Any) -> Reference:
 
 
 def both(
-    editor: Editor, reference: Reference, requests: list[tuple[np.ndarray, str]], steps: int = 3, **options: Any
+    editor: Editor,
+    reference: Reference,
+    requests: list[tuple[np.ndarray, str]],
+    steps: int = 3,
+    **options: Any,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The editor's and the pipeline's pictures, from the same noise."""
     height, width, _ = requests[0][0].shape
@@ -226,12 +230,14 @@ def test_generated_deltas(editor: Editor, pair: Any, plain: Reference) -> None:
 
     photo, prompt = photos(1, 24, 40)[0], "make it sepia"
     pipe = plain.pipe
-    generator, encoder = ParameterGenerator.from_pretrained(pair.generator), load_condition_encoder(pair.generator)
+    generator = ParameterGenerator.from_pretrained(pair.generator)
+    encoder = load_condition_encoder(pair.generator)
     assert encoder is not None
     with torch.no_grad():
         tokens = pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
         hidden = pipe.text_encoder(tokens.input_ids)[0]
-        latents = pipe.vae.encode(pipe.image_processor.preprocess(photo[None] / np.float32(255))).latent_dist.mode()
+        pixels = pipe.image_processor.preprocess(photo[None] / np.float32(255))
+        latents = pipe.vae.encode(pixels).latent_dist.mode()
         made = generator.deltas(encoder(hidden, latents))
     modules = json.loads((pair.generator / "targets.json").read_text())
     expected = {}
