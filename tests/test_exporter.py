@@ -116,7 +116,7 @@ def test_checkpoints_that_do_not_fit(pair: Any, tmp_path: Path, case: str) -> No
     spoil(tmp_path / "pair")
     with pytest.raises(error, match=message) as raised:
         export(tmp_path / "out" / "bundle", tmp_path / "pair" / "base", tmp_path / "pair" / "generator")
-    assert raised.value.expected
+    assert raised.value.remedy
     assert not (tmp_path / "out").exists()
 
 

@@ -98,11 +98,10 @@ def test_a_linked_pair(pair: Any, bundle: Path, once: Once, dtype: str) -> None:
     own, elsewhere = linked_sizes(linked)
     stored = sum(path.stat().st_size for path in root.rglob("*.safetensors"))
     assert elsewhere > 0.8 * stored
-    copied = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
-    copied -= sum(
-        path.stat().st_size for path in bundle.rglob("weights/*") if path.name != "constants.safetensors"
-    )
-    assert own < 1.2 * copied  # graphs, constants, schedule, tokenizer
+    components = {"unet", "vae", "text_encoder", "generator", "condition_encoder"}
+    assert components <= {path.stem for path in (bundle / "weights").iterdir()}
+    assert components.isdisjoint(path.stem for path in linked.rglob("*.safetensors"))
+    assert own < sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) - elsewhere / 2
 
     sources = {"base": root / "base", "generator": root / "generator"}
     photo, prompt = photos(1)[0], "make it sepia"
