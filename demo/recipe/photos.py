@@ -48,11 +48,11 @@ PHOTOS: tuple[Photo, ...] = (
     Photo(_SKIMAGE, "skimage/data/chelsea.png", "CC0-1.0", "Stefan van der Walt", True),
     Photo(_SKIMAGE, "skimage/data/coffee.png", "CC0-1.0", "Rachel Michetti", True),
     Photo(_SKIMAGE, "skimage/data/rocket.jpg", "CC0-1.0", "SpaceX", True),
-    Photo(_SKLEARN, "sklearn/datasets/images/flower.jpg", "CC-BY-2.0", "dany13", True),
+    Photo(_SKLEARN, "sklearn/datasets/images/flower.jpg", "CC-BY-2.0", "danielbuechele, vultilion", True),
     Photo(
         _L16, _BG + "picosdeeuropa_by_Aitzol_Berasategi.jpg", "CC-BY-4.0", "Aitzol Berasategi", True
     ),
-    Photo(_SKLEARN, "sklearn/datasets/images/china.jpg", "CC-BY-2.0", "Alex Proimos"),
+    Photo(_SKLEARN, "sklearn/datasets/images/china.jpg", "CC-BY-2.0", "danielbuechele"),
     Photo(_SKIMAGE, "skimage/data/hubble_deep_field.jpg", "public domain", "NASA"),
     Photo(_SKIMAGE, "skimage/data/retina.jpg", "CC0-1.0", "Häggström"),
     Photo(_SKIMAGE, "skimage/data/ihc.png", "public domain", "Human Protein Atlas volunteers"),
