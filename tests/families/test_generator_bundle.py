@@ -31,6 +31,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_golden_outputs(case: Path, tmp_path: Path) -> None:
     manifest = export(tmp_path / "bundle", generator=case)
     assert manifest.results.image is None
