@@ -1,4 +1,4 @@
-"""The demo: export the trained pair, edit photographs it has never seen, and compare with the exact operations.
+"""The demo: export the trained pair, edit photographs it has never seen, and compare with exact operations.
 
 ``hywu demo`` and ``make demo`` run this. It writes to one folder:
 
@@ -41,7 +41,7 @@ class Row:
 
 
 def run(out: Path, progress: Progress | None = None) -> Path:
-    """Do it all; returns the path of the gallery. ``progress(what, done, total)`` is told before each piece of work."""
+    """Do it all and return the gallery's path. ``progress(what, done, total)`` is called before each piece of work."""
     tell = progress or (lambda what, done, total: None)
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ INK, PAPER = (28, 28, 30), (255, 255, 255)
 
 
 def draw_gallery(cases: Sequence[_Case]) -> Image.Image:
-    """Two lines for each photograph: source, the edits, deltas off, two edits with another instruction's deltas."""
+    """Two lines for each photograph: source, edits, deltas off, two edits with another instruction's deltas."""
     names = [operation.name for operation in operations.OPERATIONS]
     followed = dict(zip(names, [*names[1:], names[0]]))
     wrong = [name for name in ("brighten", "warm") if name in followed]

@@ -79,9 +79,7 @@ def test_random_crop_is_reproducible() -> None:
     assert 0 <= first.min() < first.max() <= 1
 
 
-def test_a_killed_training_ends_as_if_it_had_not_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_training_ends_as_if_it_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photos" / "train").mkdir(parents=True)
     Image.fromarray(random_picture(96)).save(tmp_path / "photos" / "train" / "noise.png")
     monkeypatch.setattr(train_vae, "BATCH", 2)
