@@ -41,7 +41,7 @@ class Row:
 
 
 def run(out: Path, progress: Progress | None = None) -> Path:
-    """Do it all and return the gallery's path. ``progress(what, done, total)`` is called before each piece of work."""
+    """Do it all and return the gallery's path. ``progress(what, done, total)`` is called as work goes on."""
     tell = progress or (lambda what, done, total: None)
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ INK, PAPER = (28, 28, 30), (255, 255, 255)
 
 
 def draw_gallery(cases: Sequence[_Case]) -> Image.Image:
-    """Two lines for each photograph: source, edits, deltas off, two edits with another instruction's deltas."""
+    """Two lines for each photo: source, edits, deltas off, two edits with another instruction's deltas."""
     names = [operation.name for operation in operations.OPERATIONS]
     followed = dict(zip(names, [*names[1:], names[0]]))
     wrong = [name for name in ("brighten", "warm") if name in followed]

@@ -1,9 +1,9 @@
 """Train the demo's base editor and its parameter generator together, end to end.
 
-The base never sees the instruction: its prompt is always empty. The generator reads the instruction and the
-photo and emits deltas; the loss is the base's denoising loss with those deltas applied, as HY-WU is trained. Some
-samples have their gate at 0 and the unedited photo as their target, so that without deltas the base returns what
-it was given.
+The base never sees the instruction: its prompt is always empty. The generator reads the instruction and
+the photo and emits deltas; the loss is the base's denoising loss with those deltas applied, as HY-WU is
+trained. Some samples have their gate at 0 and the unedited photo as their target, so that without deltas the
+base returns what it was given.
 
 python -m demo.recipe.train_pair --photos DIR --work DIR --out DIR
 
