@@ -1,4 +1,4 @@
-"""hywu-export: image editors with per-request weight deltas, from checkpoints to bundles that run without PyTorch."""
+"""Image editors with per-request weight deltas: from checkpoints to bundles that run without PyTorch."""
 
 from __future__ import annotations
 

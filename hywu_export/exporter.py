@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hywu_runtime.errors import CheckpointError, InputError
-from hywu_runtime.manifest import Licence, Manifest, Results, Sampler, Schedules, Tokenizer
+from hywu_runtime.manifest import Guidance, Licence, Manifest, Results, Sampler, Schedules, Tokenizer
 
 if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
@@ -58,6 +58,18 @@ class ExportOptions:
     link_weights: bool = False
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("max_rank", "max_steps", "steps", "max_batch", "max_size", "size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}", "Expected 1 or more", "Choose another value")
+        if self.size is not None and self.max_size is not None and self.size > self.max_size:
+            raise InputError(
+                f"size is {self.size}, and max_size {self.max_size}",
+                "Photos are worked on at a size within the limits",
+                "Raise max_size, or lower size",
+            )
+
 
 def export(
     out: str | Path,
@@ -71,17 +83,23 @@ def export(
     ``progress(what, done, total)`` is called before each stage.
 
     Raises:
-        CheckpointError, UnsupportedError, InputError: what was given cannot be exported.
+        CheckpointError, UnsupportedError, DeltaError, InputError: what was given cannot be exported.
         BundleError: the bundle cannot be written. Nothing is left behind in any case.
     """
     from hywu_export.bundle.writer import BundleWriter
 
     options = options or ExportOptions()
     if base is None and generator is None:
-        raise InputError("There is nothing to export", "A base, a generator, or both", "Give --base or --generator")
-    job = _Job(
-        None if base is None else Path(base), None if generator is None else Path(generator), options
-    )
+        raise InputError(
+            "There is nothing to export", "A base, a generator, or both", "Give --base or --generator"
+        )
+    if generator is not None and (options.targets or options.lora):
+        raise InputError(
+            "Targets were given beside a generator",
+            "The generator's own targets are the bundle's",
+            "Leave out --targets and --lora, or the generator",
+        )
+    job = _Job(None if base is None else Path(base), None if generator is None else Path(generator), options)
     total = len(job.plan.graphs) + 2
     tell = progress or (lambda what, done, total: None)
     with BundleWriter(out, overwrite=options.overwrite, validate=Manifest.from_dict) as writer:
@@ -97,7 +115,7 @@ def export(
 
 
 class _Job:
-    """One export: everything is opened and checked here, before anything is written."""
+    """One export. Construction opens and checks everything, so that what can fail does so at once."""
 
     def __init__(self, base: Path | None, generator: Path | None, options: ExportOptions):
         from hywu_export.families import open_base
@@ -110,8 +128,7 @@ class _Job:
         self.family = None if base is None else open_base(base)
         self.spec: DeltaSpec | None = None
         self.tables: dict[str, ScheduleTable] = {}
-        limits = Limits(options.max_batch, options.max_size, None if options.size is None else options.size**2)
-        base_prompt, columns = None, 0
+        columns, base_prompt = 0, None
         if self.family is None:
             _refuse_options_of_a_base(options)
         else:
@@ -119,8 +136,12 @@ class _Job:
             self.tables = _schedules(self.family, options)
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
+        area = None if options.size is None else options.size**2
+        limits = Limits(options.max_batch, options.max_size, area)
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
         self.guidance = self._guidance()
+        self.default_steps = self._default_steps()
+        self.tokenizer = None if self.plan.tokenizer is None else _open_tokenizer(self.plan.tokenizer)
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
         from hywu_export.passes import check
@@ -136,7 +157,9 @@ class _Job:
 
         plan, options = self.plan, self.options
         licences = [
-            _add_source(writer, source, folder) for source, folder in self.folders.items() if folder is not None
+            _add_source(writer, source, folder)
+            for source, folder in self.folders.items()
+            if folder is not None
         ]
         if self.family is not None:
             for component in self.family.components.values():
@@ -160,8 +183,8 @@ class _Job:
             sections["image"] = encode(plan.image)
         if self.spec is not None:
             sections["deltas"] = self.spec.to_manifest()
-        if plan.tokenizer is not None:
-            sections["tokenizers"] = {"main": encode(_add_tokenizer(writer, plan))}
+        if self.tokenizer is not None:
+            sections["tokenizers"] = encode(self._add_tokenizer(writer, *self.tokenizer))
         if self.tables:
             sections["schedules"] = encode(self._add_schedules(writer))
         return sections
@@ -172,21 +195,46 @@ class _Job:
         made = next(graph for graph in self.plan.graphs if graph.name == "generator")
         return tuple(output.name for output in made.outputs)
 
-    def _guidance(self) -> list[Any]:
-        defaults = dict((self.generator and self.generator.defaults.guidance) or {}) | dict(self.options.guidance)
-        known = {scale.name for scale in self.plan.guidance}
+    def _guidance(self) -> list[Guidance]:
+        known = [scale.name for scale in self.plan.guidance]
         for name in self.options.guidance:
             if name not in known:
                 raise InputError(
                     f"There is no guidance called {name!r} here",
-                    f"One of {', '.join(sorted(known)) or 'none'}",
-                    "Leave it out",
+                    f"Expected {' or '.join(known) or 'none'}",
+                    "Correct the name, or leave it out",
                 )
             if not math.isfinite(self.options.guidance[name]):
                 raise InputError(
                     f"The guidance {name} is {self.options.guidance[name]}", "A finite number", "Correct it"
                 )
-        return [replace(scale, default=defaults.get(scale.name, scale.default)) for scale in self.plan.guidance]
+        trained = {} if self.generator is None else dict(self.generator.defaults.guidance or {})
+        defaults = trained | dict(self.options.guidance)
+        return [
+            replace(scale, default=defaults.get(scale.name, scale.default)) for scale in self.plan.guidance
+        ]
+
+    def _default_steps(self) -> int:
+        """The step count asked for, or the generator's own brought into the sampler's range."""
+        if not self.tables:
+            return 0
+        low, high = next(iter(self.tables.values())).step_range()
+        asked = self.options.steps
+        if asked is not None and not low <= asked <= high:
+            raise InputError(
+                f"The default step count is {asked}",
+                f"The sampler {next(iter(self.tables))} takes {low} to {high} in this bundle",
+                "Choose one of these, or a larger --max-steps",
+            )
+        trained = None if self.generator is None else self.generator.defaults.steps
+        return asked or min(max(trained or DEFAULT_STEPS, low), high)
+
+    def _add_tokenizer(self, writer: BundleWriter, file: bytes, pad_id: int) -> dict[str, Tokenizer]:
+        path = "tokenizer/tokenizer.json"
+        writer.add_file(path, file)
+        texts = [tensor for tensor in self.plan.tensors.values() if tensor.source == "text"]
+        lengths = {text.tokenizer: text.shape[1] for text in texts}
+        return {str(name): Tokenizer(path, int(length), pad_id) for name, length in lengths.items()}
 
     def _add_schedules(self, writer: BundleWriter) -> Schedules:
         from hywu_export.schedules import write_schedules
@@ -194,14 +242,11 @@ class _Job:
         with tempfile.TemporaryDirectory() as folder:
             write_schedules(Path(folder) / SCHEDULE_FILE, self.tables)
             writer.add_file(SCHEDULE_FILE, Path(folder) / SCHEDULE_FILE)
-        default = next(iter(self.tables))
-        steps = self.options.steps or (self.generator and self.generator.defaults.steps) or DEFAULT_STEPS
-        low, high = self.tables[default].step_range()
         samplers = {
             name: Sampler(table.class_name, table.step_range(), table.stochastic)
             for name, table in self.tables.items()
         }
-        return Schedules(SCHEDULE_FILE, default, min(max(steps, low), high), samplers)
+        return Schedules(SCHEDULE_FILE, next(iter(self.tables)), self.default_steps, samplers)
 
 
 def make_plan(
@@ -212,15 +257,20 @@ def make_plan(
     base_prompt: str | None,
     coefficients: int,
 ) -> Plan:
-    """The plan of a bundle of ``family``, of ``generator``, or of both; the rest is as for `Family.plan`."""
+    """The plan of a bundle of ``family`` with its ``spec``, of ``generator``, or of both.
+
+    The rest is as for `Family.plan`.
+    """
+    from hywu_export.tracing import Axis
+
     if family is None or spec is None:
         assert generator is not None
         plan = generator.plan(None, None)
-        plan.axes["batch"] = _batch_axis(limits.max_batch)
+        plan.axes["batch"] = Axis(1, limits.max_batch)
         return plan
     plan = family.plan(spec, limits, base_prompt, coefficients)
     if generator is not None:
-        _join(plan, generator.plan(spec, family.condition_source))
+        plan.add(generator.plan(spec, family.condition_source))
     return plan
 
 
@@ -234,23 +284,11 @@ def _refuse_options_of_a_base(options: ExportOptions) -> None:
             )
 
 
-def _batch_axis(maximum: int) -> Any:
-    from hywu_export.tracing import Axis
-
-    return Axis(1, maximum)
-
-
 def _delta_spec(family: Family, generator: GeneratorPart | None, options: ExportOptions) -> DeltaSpec:
     from hywu_export.deltas import DeltaSpec
 
     denoiser = family.components[family.denoiser].module
     if generator is not None:
-        if options.targets or options.lora:
-            raise InputError(
-                "Targets were given beside a generator",
-                "The generator's own targets are the bundle's",
-                "Leave out --targets and --lora, or the generator",
-            )
         return generator.spec(denoiser)
     if options.lora is not None:
         return DeltaSpec.from_peft(options.lora, denoiser)
@@ -276,39 +314,33 @@ def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTabl
     return {name: table.widen(history) for name, table in tables.items()}
 
 
-def _join(plan: Plan, made: Plan) -> None:
-    """Put the generator's graphs and calls right after what they read, in the base's plan."""
-    after = max(
-        (plan.producer_index(tensor.name) for graph in made.graphs[:1] for tensor in graph.inputs
-         if tensor.name not in made.tensors),
-        default=0,
-    )
-    plan.program[after:after] = made.program
-    plan.graphs.extend(made.graphs)
-    plan.axes.update(made.axes)
-    plan.tensors.update(made.tensors)
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
-def _add_tokenizer(writer: BundleWriter, plan: Plan) -> Tokenizer:
+def _open_tokenizer(folder: Path) -> tuple[bytes, int]:
+    """A tokenizer as a file of the ``tokenizers`` library, and the id that it pads with."""
     from transformers import AutoTokenizer
 
-    assert plan.tokenizer is not None
+    # Without these, transformers makes a tokenizer that knows no words.
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder} holds no vocabulary",
+            f"Expected {' or '.join(' and '.join(names) for names in _TOKENIZER_FILES)}",
+            "Fetch the checkpoint whole",
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
+        pad_id = int(tokenizer.pad_token_id)
     except Exception as error:  # whatever transformers raises for a damaged folder
         raise CheckpointError(
-            f"The tokenizer in {plan.tokenizer} cannot be loaded ({error})",
-            "vocab.json and merges.txt, or tokenizer.json",
+            f"The tokenizer in {folder} cannot be loaded ({error})",
+            "Files of one tokenizer, with a padding token",
             "Fetch the checkpoint whole",
         ) from error
     backend.no_truncation()
     backend.no_padding()
-    writer.add_file("tokenizer/tokenizer.json", backend.to_str().encode())
-    lengths = {t.shape[1] for t in plan.tensors.values() if t.source == "text"}
-    (length,) = lengths
-    assert isinstance(length, int)
-    return Tokenizer("tokenizer/tokenizer.json", length, int(tokenizer.pad_token_id))
+    return backend.to_str().encode(), pad_id
 
 
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "license.txt", "NOTICE")

@@ -48,11 +48,9 @@ PHOTOS: tuple[Photo, ...] = (
     Photo(_SKIMAGE, "skimage/data/chelsea.png", "CC0-1.0", "Stefan van der Walt", True),
     Photo(_SKIMAGE, "skimage/data/coffee.png", "CC0-1.0", "Rachel Michetti", True),
     Photo(_SKIMAGE, "skimage/data/rocket.jpg", "CC0-1.0", "SpaceX", True),
-    Photo(_SKLEARN, "sklearn/datasets/images/flower.jpg", "CC-BY-2.0", "dany13", True),
-    Photo(
-        _L16, _BG + "picosdeeuropa_by_Aitzol_Berasategi.jpg", "CC-BY-4.0", "Aitzol Berasategi", True
-    ),
-    Photo(_SKLEARN, "sklearn/datasets/images/china.jpg", "CC-BY-2.0", "Alex Proimos"),
+    Photo(_SKLEARN, "sklearn/datasets/images/flower.jpg", "CC-BY-2.0", "danielbuechele, vultilion", True),
+    Photo(_L16, _BG + "picosdeeuropa_by_Aitzol_Berasategi.jpg", "CC-BY-4.0", "Aitzol Berasategi", True),
+    Photo(_SKLEARN, "sklearn/datasets/images/china.jpg", "CC-BY-2.0", "danielbuechele"),
     Photo(_SKIMAGE, "skimage/data/hubble_deep_field.jpg", "public domain", "NASA"),
     Photo(_SKIMAGE, "skimage/data/retina.jpg", "CC0-1.0", "Häggström"),
     Photo(_SKIMAGE, "skimage/data/ihc.png", "public domain", "Human Protein Atlas volunteers"),
@@ -73,9 +71,7 @@ PHOTOS: tuple[Photo, ...] = (
     Photo(_L20, _BG + "Fossa_by_Jasper_Roks.jpg", "CC-BY-SA-3.0", "Jasper Roks"),
     Photo(_L20, _BG + "Infinite-Sea_by_Aury88.jpg", "CC-BY-SA-3.0", "Aury88"),
     Photo(_L20, _BG + "Kleiber_by_Lukas_Baubkus.jpg", "CC-BY-SA-3.0", "Lukas Baubkus"),
-    Photo(
-        _L20, _BG + "Painting-Colors_by__herobrine7gamer.jpg", "CC-BY-SA-3.0", "herobrine7gamer"
-    ),
+    Photo(_L20, _BG + "Painting-Colors_by__herobrine7gamer.jpg", "CC-BY-SA-3.0", "herobrine7gamer"),
 )
 
 

@@ -1,6 +1,6 @@
 """The demo's tokenizer: CLIP's byte-level BPE with merges learnt from the demo's own phrasings.
 
-Any text can be encoded (all 256 bytes are in the vocabulary); the words of the instructions are single tokens.
+Any text can be encoded (all 256 bytes are in the vocabulary); the instructions' words are single tokens.
 """
 
 from __future__ import annotations
@@ -35,6 +35,6 @@ def train_tokenizer(texts: Iterable[str], out: Path) -> None:
 
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH).save_pretrained(out)

@@ -1,13 +1,14 @@
 """Train the demo's base editor and its parameter generator together, end to end.
 
-The base never sees the instruction: its prompt is always empty. The generator reads the instruction and the photo
-and emits deltas; the loss is the base's denoising loss with those deltas applied, as HY-WU is trained. Some samples
-have their gate at 0 and the unedited photo as their target, so that without deltas the base returns what it was given.
+The base never sees the instruction: its prompt is always empty. The generator reads the instruction and the
+photo and emits deltas; the loss is the base's denoising loss with those deltas applied, as HY-WU is trained. Some
+samples have their gate at 0 and the unedited photo as their target, so that without deltas the base returns what
+it was given.
 
 python -m demo.recipe.train_pair --photos DIR --work DIR --out DIR
 
-The learning rate is constant and then falls linearly over the last quarter, so a longer or shorter run shares its
-beginning with this one.
+The learning rate is constant and then falls linearly over the last quarter, so a longer or shorter run shares
+its beginning with this one.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hywu_export.deltas import DeltaSpec, inject
 from hywu_export.generator import GeneratorConfig, ParameterGenerator, TextImageConditionEncoder
+from hywu_export.generator.condition import TextImageConditionConfig
 
 from . import operations, photos
 from .tokenizer import MAX_LENGTH, train_tokenizer
 from .training import Checkpoint, run
 
 WIDTH, RANK, TEXT_DIM, CONDITION_DIM = 128, 8, 64, 128
-GROUPS, CROPS, STEPS, PEAK_LR = 8, 3, 4000, 6e-4
+GROUPS, CROPS, STEPS, PEAK_LR = 8, 3, 3200, 6e-4
+INFERENCE_STEPS = 4
 IDENTITY_SHARE = 0.1  # of the samples: gate 0, the photo itself as target
 
 BLOCKS = (
@@ -109,8 +112,7 @@ def make_generator() -> tuple[ParameterGenerator, dict[str, str]]:
     generator = ParameterGenerator(config)
     model = generator.model
     torch.nn.init.normal_(model.proj_out_A.weight, std=0.02)
-    for zero in (model.proj_out_A.bias, model.proj_out_B.weight, model.proj_out_B.bias):
-        torch.nn.init.zeros_(zero)
+    torch.nn.init.zeros_(model.proj_out_A.bias)
     paths = {
         f"blocks.{layer}.{name}": f"{block}.{path}"
         for layer, block in enumerate(BLOCKS)
@@ -142,7 +144,7 @@ class Pair(torch.nn.Module):
         self.generator, self.paths = make_generator()
         torch.manual_seed(3)
         self.condition_encoder = TextImageConditionEncoder(
-            text_dim=TEXT_DIM, latent_channels=8, output_dim=CONDITION_DIM
+            TextImageConditionConfig(text_dim=TEXT_DIM, latent_channels=8, output_dim=CONDITION_DIM)
         )
         self.spec = DeltaSpec.from_generator(self.generator.config, self.paths, self.unet)
         self.injection = inject(self.unet, self.spec)
@@ -268,8 +270,15 @@ def save(pair: Pair, scheduler: DDIMScheduler, base: Path, out: Path) -> None:
         requires_safety_checker=False,
     ).save_pretrained(base)
     pair.generator.save_pretrained(out, dtype=half)
-    pair.condition_encoder.save_pretrained(out, dtype=half)
-    (out / "targets.json").write_text(json.dumps(pair.paths, indent=1) + "\n")
+    pair.condition_encoder.save_pretrained(out / "condition_encoder", dtype=half)
+    defaults = {
+        "base_prompt": "",
+        "num_inference_steps": INFERENCE_STEPS,
+        "guidance_scale": 1.0,
+        "image_guidance_scale": 1.0,
+    }
+    for name, content in (("targets.json", pair.paths), ("generation_config.json", defaults)):
+        (out / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

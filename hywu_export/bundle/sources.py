@@ -113,13 +113,18 @@ class SafetensorsIndex(Mapping[str, TensorLocation]):
         if single.exists():
             return cls.from_file(single)
         if index.exists():
-            return cls._from_shards(index)
+            return cls.from_index(index)
         raise CheckpointError(
             f"{folder} has no weights", f"{single.name} or {index.name}", "check the path, or fetch it again"
         )
 
     @classmethod
-    def _from_shards(cls, index: Path) -> SafetensorsIndex:
+    def from_index(cls, index: Path) -> SafetensorsIndex:
+        """Index the shards that a file like ``model.safetensors.index.json`` names.
+
+        Raises:
+            CheckpointError: a shard is missing, damaged or holds other tensors than the index says.
+        """
         weight_map = _weight_map(index)
         tensors: dict[str, TensorLocation] = {}
         files: dict[Path, SourceFile] = {}

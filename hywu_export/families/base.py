@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the axes. ``max_size`` is the longest side in pixels; ``area`` the default working size in pixels."""
+    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels."""
 
     max_batch: int = 8
     max_size: int | None = None
@@ -29,7 +29,7 @@ class Limits:
 
 @dataclass
 class Plan:
-    """A part of a bundle before tracing; parts are merged with `add`.
+    """A bundle, or a part of one, before tracing; parts are merged with `add`.
 
     Attributes:
         graphs: what to trace.
@@ -51,18 +51,19 @@ class Plan:
     result: str | None = None
     tokenizer: Path | None = None
 
-    def producer_index(self, tensor: str) -> int:
-        """The place in the program right after the call that makes ``tensor``."""
-        for index, call in enumerate(self.program):
-            graph = next(graph for graph in self.graphs if graph.name == call.graph)
-            if tensor in (call.outputs.get(output.name, output.name) for output in graph.outputs):
-                return index + 1
-        raise KeyError(tensor)
+    def add(self, part: Plan) -> None:
+        """Take in a part whose calls are of the request phase, to run after this plan's own of that phase."""
+        phases = [call.phase for call in self.program]
+        at = phases.index("step") if "step" in phases else len(phases)
+        self.program[at:at] = part.program
+        self.graphs += part.graphs
+        self.axes |= part.axes
+        self.tensors |= part.tensors
 
 
 @dataclass(frozen=True)
 class ConditionSource:
-    """What a base offers to a condition encoder: hidden states of the instruction, and latents of the photo."""
+    """What a base offers to a condition encoder: hidden states of the instruction, latents of the photo."""
 
     text: TensorSpec
     latents: TensorSpec
@@ -91,11 +92,12 @@ class ReferenceEdit:
 
 
 class Family(Protocol):
-    """One base pipeline, opened from its folder. Construction checks everything that can be checked without weights."""
+    """One base pipeline, opened from its folder. Construction checks what can be without weights."""
 
     pipeline_class: str
     denoiser: str  # the component that deltas act on
     default_targets: tuple[str, ...]
+    scheduler: tuple[str, Mapping[str, Any]]  # class name and configuration of the pipeline's own
 
     def __init__(self, folder: Path): ...
 
@@ -103,18 +105,13 @@ class Family(Protocol):
     def components(self) -> Mapping[str, Component]: ...
 
     @property
-    def scheduler(self) -> tuple[str, Mapping[str, Any]]:
-        """Class name and configuration of the pipeline's scheduler."""
-        ...
-
-    @property
     def condition_source(self) -> ConditionSource: ...
 
     def plan(self, spec: DeltaSpec, limits: Limits, base_prompt: str | None, coefficients: int) -> Plan:
         """Graphs and program of the base with the deltas of ``spec`` as inputs.
 
-        ``base_prompt`` is what the base is told instead of the instruction, if the generator was trained that way.
-        ``coefficients`` is the length of a row of the schedule.
+        ``base_prompt`` is what the base is told instead of the instruction, if the generator was trained that
+        way. ``coefficients`` is the length of a row of the schedule.
         """
         ...
 

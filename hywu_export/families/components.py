@@ -1,7 +1,8 @@
 """Components of a diffusers pipeline folder: modules made from their configs, and where their weights lie.
 
-Nothing is loaded here. A module is built by a factory (with fake or with real parameters, as the caller chooses), and
-each of its parameters is matched with a tensor of the checkpoint by name and shape, from the file's header.
+Nothing is loaded here. A module is built by a factory (with fake or with real parameters, as the caller
+chooses), and each of its parameters is matched with a tensor of the checkpoint by name and shape, from the
+file's header.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hywu_export.bundle.sources import SafetensorsIndex, TensorLocation, read_json_object
-from hywu_runtime.errors import CheckpointError, UnsupportedError
+from hywu_runtime.errors import CheckpointError, HywuError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,11 +46,20 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def pipeline_class(base: Path) -> str:
     """The class name in ``model_index.json``."""
-    name = read_config(base / "model_index.json").get("_class_name")
+    return class_name(base / "model_index.json")
+
+
+def class_name(path: Path) -> str:
+    """The class that a pipeline's JSON file is for.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or names no class.
+    """
+    name = read_config(path).get("_class_name")
     if not isinstance(name, str):
         raise CheckpointError(
-            f"{base / 'model_index.json'} names no pipeline class",
-            "The key _class_name holds it in every diffusers pipeline",
+            f"{path} names no class",
+            "diffusers writes it under the key _class_name",
             "Save the pipeline again with save_pretrained",
         )
     return name
@@ -76,10 +86,21 @@ def open_component(name: str, folder: Path, make: Callable[[dict[str, Any]], nn.
     """Build the component in ``folder`` with ``make(config)`` and find its weights.
 
     Raises:
-        CheckpointError: a tensor is missing, extra or mis-shaped, or a file is damaged.
+        CheckpointError: a tensor is missing, extra or mis-shaped, a file is damaged, or the configuration is
+            none that the module can have.
         UnsupportedError: the weights exist only as a pickle.
     """
-    module = make(read_config(folder / "config.json"))
+    config = read_config(folder / "config.json")
+    try:
+        module = make(config)
+    except HywuError:
+        raise
+    except Exception as error:  # whatever a constructor has to say about its settings
+        raise CheckpointError(
+            f"The {name} cannot be made from {folder / 'config.json'} ({str(error) or type(error).__name__})",
+            "Settings that its class accepts",
+            "Fetch the checkpoint whole",
+        ) from error
     index = _open_index(folder)
     found: dict[str, TensorLocation] = {}
     used: set[str] = set()
@@ -101,21 +122,24 @@ def open_component(name: str, folder: Path, make: Callable[[dict[str, Any]], nn.
         used.add(key)
     extra = sorted(key for key in index if key not in used and not key.endswith(_COMPUTED))
     if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(
-            f"The {name}'s checkpoint in {folder} holds {len(extra)} tensors that its config.json does not "
-            f"know, {extra[0]!r} among them",
-            "Every tensor must belong to the model",
+            f"The {name}'s checkpoint in {folder} holds {extra[0]!r}{more}",
+            "Its config.json asks for no such tensor",
             "Check that config and weights belong together",
         )
     return Component(name, module, found, index)
 
 
 def _open_index(folder: Path) -> SafetensorsIndex:
-    for stem in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
-            name = f"{stem}{variant}.safetensors"
-            if (folder / name).exists() or (folder / f"{name}.index.json").exists():
-                return SafetensorsIndex.from_folder(folder, stem + variant)
+    for variant in ("", ".fp16"):
+        for stem in ("diffusion_pytorch_model", "model"):
+            single = folder / f"{stem}{variant}.safetensors"
+            if single.exists():
+                return SafetensorsIndex.from_file(single)
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if index.exists():
+                return SafetensorsIndex.from_index(index)
     if any(folder.glob("*.bin")):
         raise UnsupportedError(
             f"{folder} holds its weights as a pickle (.bin)",

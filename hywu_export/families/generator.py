@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from hywu_export.bundle.sources import SafetensorsIndex, read_json_object
@@ -47,13 +48,20 @@ class GenerationDefaults:
         if not path.exists():
             return cls()
         data = read_json_object(path)
-        keys = {"base_prompt": str, "num_inference_steps": int, "guidance_scale": (int, float)}
-        keys["image_guidance_scale"] = (int, float)
-        for key, kind in keys.items():
+        number = (int, float)
+        kinds = {
+            "base_prompt": (str,),
+            "num_inference_steps": (int,),
+            "guidance_scale": number,
+            "image_guidance_scale": number,
+        }
+        for key, kind in kinds.items():
             value = data.get(key)
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise CheckpointError(
-                    f"{path}: {key} is {value!r}", "A text for base_prompt, numbers otherwise", "Correct the file"
+                    f"{path}: {key} is {value!r}",
+                    f"Expected {' or '.join(k.__name__ for k in kind)}",
+                    "Correct it",
                 )
         scales = {"text": data.get("guidance_scale"), "image": data.get("image_guidance_scale")}
         return cls(
@@ -64,7 +72,7 @@ class GenerationDefaults:
 
 
 class Generate(nn.Module):
-    """Condition ``[B, L, input_dim]`` to the deltas in the order and the shapes of ``shapes``, alpha / rank in B."""
+    """Condition ``[B, L, input_dim]`` to deltas in the order and shapes of ``shapes``, alpha / rank in B."""
 
     def __init__(self, generator: ParameterGenerator, shapes: Mapping[str, tuple[int, ...]]):
         super().__init__()
@@ -107,7 +115,7 @@ class GeneratorPart:
     @property
     def weights(self) -> dict[str, SafetensorsIndex]:
         """Component name → where its weights are."""
-        weights: dict[str, SafetensorsIndex] = {"generator": self.index}
+        weights = {"generator": self.index}
         if self.condition_encoder is not None:
             folder = self.folder / "condition_encoder"
             weights["condition_encoder"] = SafetensorsIndex.from_folder(folder, "model")
@@ -127,26 +135,25 @@ class GeneratorPart:
         return ParameterGenerator.from_pretrained(self.folder).fold_condition_independent(FOLD_BYTES)
 
     def plan(self, spec: DeltaSpec | None, source: ConditionSource | None) -> Plan:
-        """Graphs and calls that make the deltas of ``spec``, or under the generator's own names without a base.
+        """Graphs and calls that make the deltas of ``spec``; without a base, under the generator's own names.
 
         With a condition encoder and a ``source``, the condition is computed; otherwise it is an input.
         """
         made = self._outputs(spec)
-        computed = self.condition_encoder is not None and source is not None
-        length = self._condition_length(source) if computed else "condition_length"
-        condition = TensorSpec("condition", "float32", ("batch", length, self.config.input_dim))
+        encoder = self.condition_encoder
         plan = Plan()
-        if computed:
-            assert source is not None and self.condition_encoder is not None
+        if encoder is not None and source is not None:
+            condition = self._computed_condition(encoder, source)
             plan.graphs.append(
-                GraphSpec("condition", Condition(self.condition_encoder), [source.text, source.latents], [condition])
+                GraphSpec("condition", Condition(encoder), [source.text, source.latents], [condition])
             )
-            kind = type(self.condition_encoder)
-            file = kind.__module__.replace(".", "/") + ".py"
-            plan.program.append(
-                Call("condition", "request", implementation=Implementation(file, kind.__name__))
-            )
+            kind = type(encoder)
+            implementation = Implementation(kind.__module__.replace(".", "/") + ".py", kind.__name__)
+            plan.program.append(Call("condition", "request", implementation=implementation))
         else:
+            condition = TensorSpec(
+                "condition", "float32", ("batch", "condition_length", self.config.input_dim)
+            )
             # One token would be taken for a missing axis by the generator's input form.
             plan.axes["condition_length"] = Axis(2, MAX_CONDITION_LENGTH)
             plan.tensors["condition"] = ProvidedTensor("float32", condition.shape, "input")
@@ -161,14 +168,28 @@ class GeneratorPart:
         plan.program.append(Call("generator", "request"))
         return plan
 
-    def _condition_length(self, source: ConditionSource | None) -> int:
-        """Tokens of the condition, from the shapes that the encoder gives on the meta device."""
-        import torch
-
-        assert source is not None and self.condition_encoder is not None
-        sizes = [[size if isinstance(size, int) else 8 for size in t.shape] for t in (source.text, source.latents)]
-        with torch.no_grad():
-            return int(self.condition_encoder(*(torch.zeros(size) for size in sizes)).shape[1])
+    def _computed_condition(self, encoder: nn.Module, source: ConditionSource) -> TensorSpec:
+        """The condition that the encoder makes of what the base offers, of the shape that a trial gives."""
+        shapes = [
+            [size if isinstance(size, int) else 8 for size in t.shape] for t in (source.text, source.latents)
+        ]
+        width = self.config.input_dim
+        try:
+            with torch.no_grad():
+                shape = tuple(encoder(*map(torch.zeros, shapes)).shape)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"The condition encoder in {self.folder} does not take the base's tensors ({error})",
+                f"Expected one for {shapes[0][-1]} channels of text and {shapes[1][1]} of latents",
+                "Use a generator that was trained for this base",
+            ) from error
+        if shape[-1] != width:
+            raise CheckpointError(
+                f"The condition encoder in {self.folder} gives {shape[-1]} channels",
+                f"The generator's config.json says input_dim = {width}",
+                "Check that generator and condition encoder belong together",
+            )
+        return TensorSpec("condition", "float32", ("batch", shape[1], width))
 
     def _outputs(self, spec: DeltaSpec | None) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The generator's key → name in the bundle and shape without the batch."""

@@ -6,7 +6,6 @@ Three guidance rows (Brooks et al., arXiv 2211.09800): instruction and image, im
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from hywu_export.deltas import DeltaSpec, inject
 from hywu_export.families.base import ConditionSource, Limits, Plan, ReferenceEdit
-from hywu_export.families.components import Component, open_component, read_config
+from hywu_export.families.components import Component, class_name, open_component, read_config
 from hywu_export.families.pixels import from_pixels, to_pixels
 from hywu_export.schedules import apply_row, make_scheduler
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
-from hywu_runtime.errors import UnsupportedError
-from hywu_runtime.manifest import Call, Guidance, ImagePolicy, ProvidedTensor, State, Zeros
+from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
+from hywu_runtime.manifest import Call, Guidance, ImagePolicy, Phase, ProvidedTensor, State, Zeros
 
 TOKENIZER = "main"
 LATENT_SIZE = ("latent_height", "latent_width")
@@ -117,7 +116,10 @@ class Step(nn.Module):
         # Not chunk(3): it would freeze the batch.
         with_text, with_image, without = rows.unflatten(0, (3, -1)).unbind(0)
         text_scale, image_scale = text_scale[:, None, None, None], image_scale[:, None, None, None]
-        return without + text_scale * (with_text - with_image) + image_scale * (with_image - without)
+        guided: Tensor = (
+            without + text_scale * (with_text - with_image) + image_scale * (with_image - without)
+        )
+        return guided
 
 
 class InstructPix2Pix:
@@ -135,15 +137,31 @@ class InstructPix2Pix:
             "vae": open_component("vae", folder / "vae", _make_vae),
             "unet": open_component("unet", folder / "unet", _make_unet),
         }
+        settings = folder / "scheduler" / "scheduler_config.json"
+        self.scheduler = class_name(settings), read_config(settings)
+        self._tokenizer_config = read_config(folder / "tokenizer" / "tokenizer_config.json")
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        """Whether the components belong together."""
+        latents, hidden = int(self._vae.config.latent_channels), int(self._text_config.hidden_size)
+        config = self._unet.config
+        for setting, expected, why in (
+            ("in_channels", 2 * latents, f"twice the VAE's {latents} latent channels"),
+            ("out_channels", latents, f"the VAE's {latents} latent channels"),
+            ("cross_attention_dim", hidden, f"the text encoder's {hidden} channels"),
+        ):
+            found = config[setting]  # cross_attention_dim may be a list, one entry per level
+            if any(size != expected for size in (found if isinstance(found, (list, tuple)) else [found])):
+                raise CheckpointError(
+                    f"The UNet's config.json in {self.folder} sets {setting} to {found}",
+                    f"Expected {expected}, {why}",
+                    "Check that the components belong together",
+                )
 
     @property
     def components(self) -> Mapping[str, Component]:
         return self._components
-
-    @cached_property
-    def scheduler(self) -> tuple[str, Mapping[str, Any]]:
-        config = read_config(self.folder / "scheduler" / "scheduler_config.json")
-        return str(config.get("_class_name")), config
 
     @property
     def _unet(self) -> UNet2DConditionModel:
@@ -171,9 +189,8 @@ class InstructPix2Pix:
 
     @property
     def _length(self) -> int:
-        """Tokens of a prompt. The pipeline pads to the tokenizer's limit, which real checkpoints set to the model's."""
-        config = read_config(self.folder / "tokenizer" / "tokenizer_config.json")
-        limit = config.get("model_max_length")
+        """Tokens of a prompt: the pipeline pads to the tokenizer's limit, usually that of the model."""
+        limit = self._tokenizer_config.get("model_max_length")
         positions = int(self._text_config.max_position_embeddings)
         return min(limit, positions) if isinstance(limit, int) and limit > 0 else positions
 
@@ -184,9 +201,14 @@ class InstructPix2Pix:
     def _axes(self, limits: Limits) -> dict[str, Axis]:
         # Every level of the UNet but the last halves the latents.
         multiple = self._factor * 2 ** (len(self._unet.config.block_out_channels) - 1)
-        longest = limits.max_size or 4 * self._native_side
-        largest = max(multiple, longest // multiple * multiple)
-        side = Axis(min=multiple, max=largest, multiple=multiple)
+        longest = max(multiple, 4 * self._native_side) if limits.max_size is None else limits.max_size
+        if longest < multiple:
+            raise InputError(
+                f"The largest size is {longest} pixels",
+                f"Sides are multiples of {multiple}",
+                "Choose a larger one",
+            )
+        side = Axis(min=multiple, max=longest // multiple * multiple, multiple=multiple)
         return {
             "batch": Axis(1, limits.max_batch),
             "delta_batch": Axis(1, limits.max_batch, one_or="batch"),
@@ -278,9 +300,17 @@ class InstructPix2Pix:
         }
         program: list[Call] = []
 
-        def encode(name: str, phase: Any, guided: bool | None = None, **of: str) -> None:
+        def encode(
+            name: str,
+            phase: Phase,
+            guided: bool | None = None,
+            said: str | None = None,
+            constant: str | None = None,
+        ) -> None:
             ids = f"{name}.ids"
-            tensors[ids] = ProvidedTensor("int64", text, "text", tokenizer=TOKENIZER, **of)
+            tensors[ids] = ProvidedTensor(
+                "int64", text, "text", text=said, constant=constant, tokenizer=TOKENIZER
+            )
             inputs = {"input_ids": ids}
             if masked:
                 inputs["attention_mask"] = f"{name}.mask"
@@ -289,8 +319,8 @@ class InstructPix2Pix:
 
         if base_prompt is not None:
             encode("base_prompt", "load", constant=base_prompt)
-        encode("prompt", "request", text="prompt")
-        encode("negative_prompt", "request", guided=True, text="negative_prompt")
+        encode("prompt", "request", said="prompt")
+        encode("negative_prompt", "request", guided=True, said="negative_prompt")
         program += [
             Call("image_encoder", "request"),
             Call("prepare", "request"),
@@ -314,7 +344,11 @@ class InstructPix2Pix:
                 Guidance("image", 1.5, at_least=1.0),
             ],
             image=ImagePolicy(
-                "image", side.multiple, side.min, side.max, limits.area or min(side.max, self._native_side) ** 2
+                "image",
+                side.multiple,
+                side.min,
+                side.max,
+                limits.area or min(side.max, self._native_side) ** 2,
             ),
             result="edited",
             tokenizer=self.folder / "tokenizer",
@@ -348,11 +382,13 @@ def _make_text_encoder(config: dict[str, Any]) -> nn.Module:
             "This pipeline's text encoder is a CLIPTextModel (clip_text_model)",
             "Export a pipeline with a CLIP text encoder",
         )
-    return fake_module(lambda: CLIPTextModel(CLIPTextConfig.from_dict(config)))
+    module: nn.Module = fake_module(lambda: CLIPTextModel(CLIPTextConfig.from_dict(config)))
+    return module
 
 
 def _make_vae(config: dict[str, Any]) -> nn.Module:
-    return fake_module(lambda: AutoencoderKL.from_config(config))
+    module: nn.Module = fake_module(lambda: AutoencoderKL.from_config(config))
+    return module
 
 
 def _make_unet(config: dict[str, Any]) -> nn.Module:
@@ -363,4 +399,5 @@ def _make_unet(config: dict[str, Any]) -> nn.Module:
                 "An InstructPix2Pix UNet leaves it null",
                 "Export a pipeline without it",
             )
-    return fake_module(lambda: UNet2DConditionModel.from_config(config))
+    module: nn.Module = fake_module(lambda: UNet2DConditionModel.from_config(config))
+    return module

@@ -1,4 +1,4 @@
-"""Between ``uint8 [B, H, W, 3]`` pixels, as a photo has them, and ``float [B, 3, H, W]`` in -1..1, as VAEs do.
+"""Between ``uint8 [B, H, W, 3]`` pixels, as photos have them, and ``float [B, 3, H, W]`` in -1..1, for VAEs.
 
 TensorRT takes uint8 only beside a Cast, so the cast comes first on the way in and last on the way out.
 """

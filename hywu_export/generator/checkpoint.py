@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from hywu_runtime.errors import CheckpointError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hywu_export.bundle.sources import SafetensorsIndex
+from hywu_runtime.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_STEM = "model"

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hywu_runtime.errors import CheckpointError
 from torch import Tensor, nn
 
 from hywu_export.bundle.sources import read_json_object
+from hywu_runtime.errors import CheckpointError
 
 from .checkpoint import CONFIG_FILE, checkpoint_folder, load_weights, meta_module, save_checkpoint
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from reprlib import repr as brief  # values come from files, and may be of any size
 from typing import Any
 
-from hywu_runtime.errors import CheckpointError
-
 from hywu_export.bundle.sources import read_json_object
+from hywu_runtime.errors import CheckpointError
 
 MODEL_TYPE = "parameter_generator"
 

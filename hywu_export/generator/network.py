@@ -11,8 +11,9 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from hywu_runtime.errors import InputError
 from torch import Tensor, nn
+
+from hywu_runtime.errors import InputError
 
 from .checkpoint import CONFIG_FILE, checkpoint_folder, load_weights, meta_module, save_checkpoint
 from .config import GeneratorConfig

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from hywu_runtime.errors import InputError
 
 _NAME = re.compile(r"[A-Za-z0-9_+-]+")

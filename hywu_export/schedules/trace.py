@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from hywu_runtime.errors import InputError, UnsupportedError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hywu_export.schedules.samplers import Scheduler, check_supported, sampler_name
 from hywu_export.schedules.table import ScheduleTable
 from hywu_export.schedules.update import apply_row
+from hywu_runtime.errors import InputError, UnsupportedError
 
 MAX_HISTORY = 3
 _NEGLIGIBLE = 1e-8  # of the largest coefficient

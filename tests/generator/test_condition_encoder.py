@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hywu_runtime.errors import CheckpointError
 from torch import Tensor
 
 from hywu_export.generator import TextImageConditionEncoder, load_condition_encoder
 from hywu_export.generator.condition import TextImageConditionConfig
+from hywu_runtime.errors import CheckpointError
 
 CONFIG = TextImageConditionConfig(text_dim=6, latent_channels=3, output_dim=10, grid=4, patch=2)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from generator_cases import DEFAULT, GOLDEN, randomised, small
-from hywu_runtime.errors import CheckpointError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hywu_export.generator import GeneratorConfig, ParameterGenerator
 from hywu_export.generator.checkpoint import check_checkpoint
+from hywu_runtime.errors import CheckpointError
 
 NORM = "model.norm_final.weight"
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from generator_cases import DEFAULT, GOLDEN, configs, small
 from hypothesis import given
-from hywu_runtime.errors import CheckpointError
 from transformers import PretrainedConfig
 
 from hywu_export.generator import GeneratorConfig
 from hywu_export.generator.config import GroupedTarget, PlainTarget
+from hywu_runtime.errors import CheckpointError
 
 PLAIN = {"lora_A_dim": 4, "lora_B_dim": 4}
 

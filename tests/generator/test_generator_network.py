@@ -10,12 +10,12 @@ import torch
 from generator_cases import DEFAULT, GOLDEN, configs, naive_deltas, randomised, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hywu_runtime.errors import InputError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hywu_export.generator import GeneratorConfig, ParameterGenerator
 from hywu_export.generator.network import FoldedGenerator, grid_phases, rotary_phases
+from hywu_runtime.errors import InputError
 
 quick = settings(max_examples=25, deadline=None)
 

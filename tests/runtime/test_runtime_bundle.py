@@ -11,11 +11,12 @@ import onnx
 import pytest
 import torch
 import toy_bundle
+from safetensors.torch import save_file
+from toy_bundle import rewrite, write_bundle
+
 from hywu_runtime import Bundle, Editor
 from hywu_runtime.bundle import header_sha256
 from hywu_runtime.errors import BundleError, InputError
-from safetensors.torch import save_file
-from toy_bundle import rewrite, write_bundle
 
 
 @pytest.fixture

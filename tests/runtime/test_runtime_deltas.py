@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+
 from hywu_runtime import Deltas
 from hywu_runtime.errors import DeltaError, InputError
 from hywu_runtime.manifest import DeltaSpec, DeltaTarget
-from safetensors.torch import save_file
 
 SPEC = DeltaSpec(
     4,
@@ -183,3 +184,27 @@ def test_deltas_of_another_model_are_named() -> None:
 def test_malformed_tensors(name: Any, tensor: Any, match: str) -> None:
     with pytest.raises(DeltaError, match=match):
         Deltas({name: tensor})
+
+
+def test_sets_of_experts() -> None:
+    """The rank's axis comes after that of the experts."""
+    rng = np.random.default_rng(0)
+
+    def experts(rank: int) -> Deltas:
+        return Deltas(
+            {
+                "mlp.lora_A": rng.standard_normal((1, 3, rank, 6)).astype(np.float32),
+                "mlp.lora_B": rng.standard_normal((1, 3, 5, rank)).astype(np.float32),
+            }
+        )
+
+    first, second = experts(2), experts(4)
+    assert (first.rank, second.rank) == (2, 4)
+    blend = Deltas.blend([(first, 0.5), (second, -2.0)], 6)
+    products = [deltas["mlp.lora_B"] @ deltas["mlp.lora_A"] for deltas in (first, second, blend)]
+    np.testing.assert_allclose(products[2], 0.5 * products[0] - 2 * products[1], rtol=0, atol=1e-5)
+    stacked = Deltas.stack([first, second])
+    assert stacked["mlp.lora_A"].shape == (2, 3, 4, 6)
+    for i, expected in enumerate(products[:2]):
+        one = stacked.select(i)
+        np.testing.assert_allclose(one["mlp.lora_B"] @ one["mlp.lora_A"], expected, rtol=0, atol=1e-6)

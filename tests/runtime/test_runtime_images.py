@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+
 from hywu_runtime.errors import InputError
 from hywu_runtime.images import fit, load_photo, parse_size, save_picture, working_size
 from hywu_runtime.manifest import ImagePolicy
-from PIL import Image
 
 POLICY = ImagePolicy("image", multiple=32, min=64, max=1024, default_area=65536)
 

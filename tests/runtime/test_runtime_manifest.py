@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hywu_runtime
 import jsonschema
 import pytest
 import toy_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import hywu_runtime
 from hywu_runtime import Manifest, codec
 from hywu_runtime import manifest as manifest_module
 from hywu_runtime.errors import BundleError, HywuError
@@ -386,3 +387,32 @@ def test_without_guidance_there_is_one_form() -> None:
     value["program"] = [call for call in value["program"] if not call.get("guided")]
     del value["tensors"]["guidance.text"]
     assert Manifest.from_dict(value).program[-2].guided is False
+
+
+def generator_alone(output: dict[str, Any]) -> dict[str, Any]:
+    """A manifest that only generates, with one output and without a `deltas` section."""
+    condition = {"name": "condition", "dtype": "float32", "shape": ["batch", 4, 6]}
+    return {
+        "format": 1,
+        "name": "generator",
+        "family": None,
+        "producer": {"name": "test", "version": "0"},
+        "files": {"generator.onnx": {"size": 1, "sha256": "0" * 64}},
+        "axes": {"batch": {"min": 1, "max": 4}},
+        "tensors": {"condition": {"dtype": "float32", "shape": condition["shape"], "source": "input"}},
+        "graphs": {"generator": {"file": "generator.onnx", "inputs": [condition], "outputs": [output]}},
+        "program": [{"graph": "generator", "phase": "request"}],
+        "results": {"deltas": [output["name"]]},
+    }
+
+
+def test_a_generator_alone_needs_no_delta_section() -> None:
+    experts = {"name": "mlp.experts.w1.lora_A", "dtype": "float32", "shape": ["batch", 3, 2, 6]}
+    assert Manifest.from_dict(generator_alone(experts)).results.deltas == ("mlp.experts.w1.lora_A",)
+    for change, message in (
+        ({"name": "mlp.weights"}, r"\.lora_A"),
+        ({"dtype": "float16"}, "float32"),
+        ({"shape": ["batch", 6]}, "3 axes"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            Manifest.from_dict(generator_alone(experts | change))

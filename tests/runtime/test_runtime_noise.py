@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from hywu_runtime import noise
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data/noise.json").read_text())

@@ -12,6 +12,9 @@ import pytest
 import toy_bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from toy_bundle import DELTAS, reference, rewrite, write_bundle
+
 from hywu_runtime import Bundle, Deltas, Editor, Manifest
 from hywu_runtime.backends import available_backends, create_backend
 from hywu_runtime.backends.onnxruntime import OnnxRuntime, OrtBinding
@@ -26,8 +29,6 @@ from hywu_runtime.errors import (
     UnsupportedError,
 )
 from hywu_runtime.noise import normal
-from PIL import Image
-from toy_bundle import DELTAS, reference, rewrite, write_bundle
 
 HEIGHT, WIDTH = 16, 24
 LATENT = (4, HEIGHT // 4, WIDTH // 4)

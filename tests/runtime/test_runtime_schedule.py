@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_bundle
+from safetensors.numpy import save_file
+
 from hywu_runtime.errors import BundleError, InputError
 from hywu_runtime.manifest import Sampler, Schedules
 from hywu_runtime.schedule import Schedule, ranges
-from safetensors.numpy import save_file
 
 SECTION = Schedules(
     "s.safetensors", "even", 3, {"even": Sampler("Even", (1, 5)), "wild": Sampler("Wild", (2, 4), True)}

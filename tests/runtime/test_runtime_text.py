@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toy_bundle import _bytes_to_unicode
+from transformers import CLIPTokenizer
+
 from hywu_runtime.errors import BundleError, InputError
 from hywu_runtime.manifest import Tokenizer
 from hywu_runtime.text import PromptEncoder
-from toy_bundle import _bytes_to_unicode
-from transformers import CLIPTokenizer
 
 PROMPTS = [
     "",

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from hywu_runtime.manifest import Manifest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from hywu_runtime.manifest import Manifest
 
 RANK, WIDTH = 3, 4
 DELTAS = ("mix.lora_A", "mix.lora_B")

@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hywu_runtime.errors import InputError, UnsupportedError
 from safetensors.numpy import load_file
 
 from hywu_export.schedules import (
@@ -28,6 +27,7 @@ from hywu_export.schedules import (
     trace_scheduler,
     write_schedules,
 )
+from hywu_runtime.errors import InputError, UnsupportedError
 
 # Name, class, settings, history.
 SAMPLERS: list[tuple[str, str, dict[str, Any], int]] = [

@@ -1,8 +1,8 @@
 """Sets of low-rank weight deltas: in memory, in files, combined.
 
-A target module has ``<module>.lora_A`` ``[D, r, in]`` (convolution ``[D, r, in, kh, kw]``) and
-``<module>.lora_B`` ``[D, out, r]``, any scale already in B. D is 1, one set for the batch, or the batch, one
-set per sample.
+A target module has ``<module>.lora_A`` ``[D, r, in]`` (convolution ``[D, r, in, kh, kw]``, experts
+``[D, E, r, in]``) and ``<module>.lora_B`` ``[D, out, r]`` (experts ``[D, E, out, r]``), any scale already in
+B. D is 1, one set for the batch, or the batch, one set per sample.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Deltas(Mapping[str, Array]):
     @property
     def rank(self) -> int:
         """The largest rank among the targets; 0 for an empty set."""
-        return max((t.shape[1] for n, t in self.items() if n.endswith(".lora_A")), default=0)
+        return max((t.shape[_rank_axis(n, t)] for n, t in self.items()), default=0)
 
     @property
     def batch(self) -> int:
@@ -159,7 +159,7 @@ class Deltas(Mapping[str, Array]):
             pieces = [deltas[name] * scale for (deltas, _), scale in zip(parts, scales)]
             pieces = [np.broadcast_to(piece, (batch, *piece.shape[1:])) for piece in pieces]
             try:
-                tensors[name] = np.concatenate(pieces, axis=1 if name.endswith(".lora_A") else 2)
+                tensors[name] = np.concatenate(pieces, _rank_axis(name, pieces[0]))
             except ValueError:
                 raise _shape_error(
                     name, [list(piece.shape) for piece in pieces], "equal shapes but for the rank"
@@ -187,11 +187,11 @@ class Deltas(Mapping[str, Array]):
                 )
         tensors = {}
         for name in sets[0]:
-            axis = 1 if name.endswith(".lora_A") else 2
-            rank = max(deltas[name].shape[axis] for deltas in sets)
+            axis = _rank_axis(name, sets[0][name])
             try:
+                rank = max(deltas[name].shape[axis] for deltas in sets)
                 tensors[name] = np.concatenate([_pad(deltas[name], axis, rank) for deltas in sets])
-            except ValueError:
+            except (ValueError, IndexError):
                 raise _shape_error(
                     name, [list(d[name].shape) for d in sets], "equal shapes but for the rank"
                 ) from None
@@ -213,10 +213,11 @@ class Deltas(Mapping[str, Array]):
         """The same deltas with every rank filled up with zeros to the bundle's, which changes nothing."""
         padded = {}
         for name, tensor in self.items():
-            axis = 1 if name.endswith(".lora_A") else 2
             wanted = spec.tensors.get(name)
-            rank = wanted[axis - 1] if wanted is not None else 0
-            padded[name] = _pad(tensor, axis, rank)
+            axis = _rank_axis(name, tensor)
+            if wanted is not None and len(wanted) == tensor.ndim - 1:
+                tensor = _pad(tensor, axis, wanted[axis - 1])
+            padded[name] = tensor
         return Deltas(padded)
 
     def check(self, spec: DeltaSpec, batch: int | None = None) -> None:
@@ -253,8 +254,15 @@ class Deltas(Mapping[str, Array]):
             )
 
 
+def _rank_axis(name: str, tensor: Array) -> int:
+    """The axis of the rank: B's last, A's first after D and, where there are any, after the experts."""
+    if name.endswith(".lora_B"):
+        return tensor.ndim - 1
+    return 2 if tensor.ndim == 4 else 1
+
+
 def _pad(tensor: Array, axis: int, rank: int) -> Array:
-    if axis >= tensor.ndim or tensor.shape[axis] >= rank:
+    if tensor.shape[axis] >= rank:
         return tensor
     widths = [(0, 0)] * tensor.ndim
     widths[axis] = (0, rank - tensor.shape[axis])
