@@ -190,6 +190,8 @@ def progress_bar() -> Iterator[Progress]:
     bars: list[Any] = []
 
     def show(what: str, done: int, total: int) -> None:
+        if bars and bars[0].length != total:  # another piece of work: a bar of its own
+            bars.pop().__exit__(None, None, None)
         if not bars:
             bars.append(
                 click.progressbar(

@@ -209,6 +209,25 @@ def test_doctor_without_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MISSING" in run("doctor", code=1).stdout
 
 
+def test_progress_is_for_terminals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hywu_export.cli.common import progress_bar
+
+    with progress_bar() as show:
+        show("piece", 1, 2)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar() as show:
+        for total in (2, 3):
+            for done in range(total + 1):
+                show(f"piece {done}", done, total)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("100%") == 2
+    assert "piece 3" in captured.err
+
+
 def test_demo_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from cli_tools import refused
 
