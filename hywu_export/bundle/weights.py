@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from hywu_runtime.bundle import header_sha256
 from hywu_runtime.errors import CheckpointError
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -156,21 +156,13 @@ def _convert(name: str, values: np.ndarray[Any, Any], target: np.dtype[Any]) -> 
     return converted.tobytes()
 
 
-def header_digest(file: Path) -> dict[str, object]:
-    """Size of a safetensors file, and the SHA-256 of its header (the length word and the JSON text).
+def file_identity(file: Path) -> dict[str, object]:
+    """Size of a safetensors file and hash of its header, as a reader of the bundle compares them.
 
     Raises:
-        CheckpointError: the file cannot be read, or is shorter than its header says.
+        CheckpointError: the file cannot be read.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            word = stream.read(8)
-            length = int.from_bytes(word, "little")
-            if len(word) < 8 or 8 + length > size:
-                raise CheckpointError(
-                    f"Checkpoint file {file} is truncated", "Its header is missing", "Download the file again"
-                )
-            return {"size": size, "header_sha256": hashlib.sha256(word + stream.read(length)).hexdigest()}
+        return {"size": file.stat().st_size, "header_sha256": header_sha256(file)}
     except OSError as error:
         raise CheckpointError(f"Checkpoint file {file} cannot be read: {error.strerror or error}") from error

@@ -21,7 +21,7 @@ from hywu_export.bundle.weights import (
     TensorLocation,
     WeightsFile,
     WeightSource,
-    header_digest,
+    file_identity,
 )
 from hywu_runtime.errors import BundleError, CheckpointError, UnsupportedError
 
@@ -295,9 +295,9 @@ class BundleWriter:
         for initializer, (place, offset, length) in external.items():
             value = graph.initializers[initializer]
             tensor = value.const_value if value.const_value is not None else value
-            assert tensor.dtype is not None and tensor.shape is not None
+            assert tensor.dtype is not None
             value.const_value = ir.ExternalTensor(
-                place, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=initializer
+                place, offset, length, tensor.dtype, shape=ir.Shape(_static_shape(tensor)), name=initializer
             )
         return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
@@ -320,7 +320,7 @@ class BundleWriter:
             )
         file = path.relative_to(source.root).as_posix()
         if file not in source.files:
-            source.files[file] = header_digest(location.file)
+            source.files[file] = file_identity(location.file)
         return {
             "source": weights.source,
             "file": file,
@@ -335,7 +335,7 @@ def _component(parameter: str) -> str:
     return parameter.split(".", 1)[0]
 
 
-def _static_shape(value: ir.Value) -> tuple[int, ...]:
+def _static_shape(value: ir.Value | ir.TensorProtocol) -> tuple[int, ...]:
     assert value.shape is not None
     return tuple(int(d) for d in value.shape.numpy())
 

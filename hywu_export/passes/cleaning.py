@@ -27,6 +27,9 @@ from onnxscript.rewriter.rules.common import (
 FOLDED_BYTES = 16 * 2**20
 """A constant that is computed from constants is stored up to this size, and computed at run time above."""
 
+MAX_ROUNDS = 8
+"""A round of folding may uncover constants for the next; two or three suffice."""
+
 _RULES = (
     cast_cast_rule,
     no_op_cast_rule,
@@ -54,7 +57,7 @@ def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
     InlinePass()(model)
     IdentityEliminationPass()(model)
     limit = FOLDED_BYTES // 4
-    for _ in range(8):  # each round may uncover constants for the next; two or three suffice
+    for _ in range(MAX_ROUNDS):
         folded = fold_constants(
             model,
             onnx_shape_inference=True,

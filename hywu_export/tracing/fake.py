@@ -50,7 +50,7 @@ def _parameters_without_data() -> Iterator[None]:
             param = moved[param]
         register(module, name, param)
 
-    nn.Module.register_parameter = register_without_data  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_without_data  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

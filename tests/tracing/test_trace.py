@@ -101,6 +101,28 @@ def test_tensorrt_rtx_parses(name: str) -> None:
 
 
 @pytest.mark.rtx
+def test_tensorrt_rtx_builds_for_other_delta_batches() -> None:
+    """Batch and number of delta sets are axes of their own: a profile may hold any pair of them."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    spec, _, model = traced_real("deltas")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model)
+    limits = {"batch": (1, 3, 4), "delta_batch": (1, 1, 4), "length": (1, 8, 16)}
+    profile = builder.create_optimization_profile()
+    for tensor in spec.inputs:
+        shapes = zip(*(limits[d] if isinstance(d, str) else (d,) * 3 for d in tensor.shape))
+        profile.set_shape(tensor.name, *shapes)
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
+
+
+@pytest.mark.rtx
 def test_tensorrt_rtx_parser_reports_errors() -> None:
     pytest.importorskip("tensorrt_rtx")
     value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch"]))
