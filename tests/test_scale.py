@@ -1,4 +1,4 @@
-"""Full size on a small machine: figures of the public models, and exports that take memory of another order than these."""
+"""Full size on a small machine: checkpoints of the public sizes, exported with little memory and space."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def test_linked_generator_of_full_size(tmp_path: Path) -> None:
     assert {name.removeprefix("generator.") for name in linked} == set(index)
     for name, link in linked.items():
         tensor = index[name.removeprefix("generator.")]
-        assert (link["file"], link["offset"], link["length"]) == (tensor.file.name, tensor.offset, tensor.length)
+        place = (tensor.file.name, tensor.offset, tensor.length)
+        assert (link["file"], link["offset"], link["length"]) == place
 
 
 def export(*arguments: object) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Exports, and says what that took: time, the process's largest memory, new bytes. As JSON on stdout.
+"""Exports, and says what that took: time, the process's largest memory, new bytes.
 
-      python -m tools.measure_export BUNDLE --base DIR --targets to_q,to_v --link-weights
-      python -m tools.measure_export BUNDLE --generator DIR --link-weights
+    python -m tools.measure_export BUNDLE --base DIR --targets to_q,to_v --link-weights
+    python -m tools.measure_export BUNDLE --generator DIR --link-weights
+
+The result is JSON on stdout.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 import resource
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -46,7 +49,7 @@ def main(
     usage = resource.getrusage(resource.RUSAGE_SELF)
     stages = {
         what: {"seconds": round(after - before, 1), "peak_bytes": int(peak)}
-        for (what, before, _), (_, after, peak) in zip(marks, marks[1:])
+        for (what, before, _), (_, after, peak) in pairwise(marks)
     }
     measured = {
         **_checkpoint([folder for folder in (base, generator) if folder is not None]),

@@ -1,10 +1,10 @@
 """Checkpoints of full size that take no room: the header of every file is right, the data is a hole of zeros.
 
-      python -m tools.sparse_checkpoints instruct-pix2pix OUT [--dtype float16]
-      python -m tools.sparse_checkpoints hywu-generator OUT [--blocks 24]
+    python -m tools.sparse_checkpoints instruct-pix2pix OUT [--dtype float16]
+    python -m tools.sparse_checkpoints hywu-generator OUT [--blocks 24]
 
-They have the names, shapes, dtypes and files of the public checkpoints, and load as these do, so exports of full size can
-be measured on any machine. The names come from the model classes themselves, made without data.
+They have the names, shapes, dtypes and files of the public checkpoints, and load as these do, so exports of
+full size can be measured on any machine. The names come from the model classes themselves, made without data.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TEXT_ENCODER: dict[str, Any] = {  # CLIP ViT-L/14
 }
 SCHEDULER: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
-# The default configuration of HY-WU's parameter generator, with its keys sorted, as save_pretrained writes them.
+# The default configuration of HY-WU's parameter generator, keys sorted as in the released file.
 GENERATOR: dict[str, Any] = {
     "alpha": 64,
     "architectures": ["ParameterGenerator"],
@@ -130,7 +130,7 @@ def write_instruct_pix2pix(out: Path, dtype: str = "float32", unet: Mapping[str,
 
 
 def write_generator(out: Path, dtype: str = "float32", blocks: int | None = None) -> None:
-    """Write the generator folder ``out``, in shards with an index; ``blocks`` replaces the number of its blocks."""
+    """Write the generator folder ``out``, in shards with an index; ``blocks`` replaces their number, 24."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     from hywu_export.generator import GeneratorConfig, ParameterGenerator
@@ -169,8 +169,8 @@ def write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str =
 
 def _public_vae_name(name: str) -> str:
     """As the VAE of 2022 called its attention."""
-    for new, old in {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}.items():
-        name = name.replace(new, old)
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        name = name.replace(f".{new}.", f".{old}.")
     return name
 
 
@@ -179,14 +179,16 @@ def _shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[int,
 
 
 def _clip_tokenizer() -> Any:
-    """CLIP's tokenizer with its bytes alone for a vocabulary: one token for a letter, the limit of the real one."""
+    """CLIP's tokenizer with a vocabulary of single bytes, and the length limit of the real one."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    limit = TEXT_ENCODER["max_position_embeddings"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=limit)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=[], model_max_length=TEXT_ENCODER["max_position_embeddings"]
+    )
 
 
 @click.group(help=__doc__)
