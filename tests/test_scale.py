@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,21 @@ def test_linked_generator_of_full_size(tmp_path: Path) -> None:
         tensor = index[name.removeprefix("generator.")]
         place = (tensor.file.name, tensor.offset, tensor.length)
         assert (link["file"], link["offset"], link["length"]) == place
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_copied_weights(tmp_path: Path) -> None:
+    measured = []
+    for width in (512, 2048):
+        folder = tmp_path / str(width)
+        settings = {"num_pg_layers": 2, "num_base_model_layers": 2, "d_model": width}
+        write_generator(folder, settings=settings)
+        measured.append(export(tmp_path / f"bundle{width}", "--generator", folder))
+        shutil.rmtree(tmp_path / f"bundle{width}")
+    small, large = measured
+    grown = large["checkpoint_bytes"] - small["checkpoint_bytes"]
+    assert large["new_bytes"] - small["new_bytes"] > 0.9 * grown > 0.5 * GIGABYTE
+    assert large["peak_bytes"] - small["peak_bytes"] < grown / 5
 
 
 def export(*arguments: object) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints of full size that take no room: the header of every file is right, the data is a hole of zeros.
 
     python -m tools.sparse_checkpoints instruct-pix2pix OUT [--dtype float16]
-    python -m tools.sparse_checkpoints hywu-generator OUT [--blocks 24]
+    python -m tools.sparse_checkpoints hywu-generator OUT [--blocks 24] [--width 4096]
 
 They have the names, shapes, dtypes and files of the public checkpoints, and load as these do, so exports of
 full size can be measured on any machine. The names come from the model classes themselves, made without data.
@@ -129,13 +129,13 @@ def write_instruct_pix2pix(out: Path, dtype: str = "float32", unet: Mapping[str,
         write_sparse(out / file, _shapes((public_name(name), tensor) for name, tensor in state), dtype)
 
 
-def write_generator(out: Path, dtype: str = "float32", blocks: int | None = None) -> None:
-    """Write the generator folder ``out``, in shards with an index; ``blocks`` replaces their number, 24."""
+def write_generator(out: Path, dtype: str = "float32", settings: Mapping[str, Any] | None = None) -> None:
+    """Write the generator folder ``out``, in shards with an index; ``settings`` replace some of GENERATOR."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     from hywu_export.generator import GeneratorConfig, ParameterGenerator
 
-    config = GENERATOR | {"dtype": dtype} | ({} if blocks is None else {"num_pg_layers": blocks})
+    config = GENERATOR | {"dtype": dtype} | dict(settings or {})
     with torch.device("meta"):
         module = ParameterGenerator(GeneratorConfig.from_dict(config)).to(getattr(torch, dtype))
     # The release has hidden_in last, which decides where its shards are cut.
@@ -210,10 +210,11 @@ def _instruct_pix2pix(out: Path, dtype: str) -> None:
 @main.command("hywu-generator")
 @_out
 @_dtype
-@click.option("--blocks", type=int, help="Transformer blocks, 24 by default.")
-def _hywu_generator(out: Path, dtype: str, blocks: int | None) -> None:
+@click.option("--blocks", default=GENERATOR["num_pg_layers"], show_default=True)
+@click.option("--width", default=GENERATOR["d_model"], show_default=True)
+def _hywu_generator(out: Path, dtype: str, blocks: int, width: int) -> None:
     """The default parameter generator."""
-    write_generator(out, dtype, blocks)
+    write_generator(out, dtype, {"num_pg_layers": blocks, "d_model": width})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from hywu_runtime.manifest import (
     ITEM_SIZES,
     PHASES,
     Call,
-    DeltaSpec,
     Manifest,
     ProvidedTensor,
     Value,
@@ -445,11 +444,16 @@ def _results(m: Manifest, made: Mapping[str, object]) -> None:
             raise malformed(
                 "results.image", f"is {value.dtype} {list(value.shape)}", "uint8 [batch, height, width, 3]"
             )
-    spec: DeltaSpec | None = m.deltas
     for i, name in enumerate(m.results.deltas):
-        _known(f"results.deltas[{i}]", name, made, "made by a call")
-        if spec is not None:  # a generator alone may make deltas of any form
-            _known(f"results.deltas[{i}]", name, spec.tensors, "in `deltas`")
+        key = f"results.deltas[{i}]"
+        _known(key, name, made, "made by a call")
+        if m.deltas is not None:
+            _known(key, name, m.deltas.tensors, "in `deltas`")
+        elif not name.endswith((".lora_A", ".lora_B")):
+            raise malformed(key, f"is {show(name)}", "a name that ends in `.lora_A` or `.lora_B`")
+        elif m.signatures[name].dtype != "float32" or len(m.signatures[name].shape) < 3:
+            value = m.signatures[name]
+            raise malformed(key, f"is {value.dtype} {list(value.shape)}", "float32 with at least 3 axes")
 
 
 def _image(m: Manifest) -> None:
