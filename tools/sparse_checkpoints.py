@@ -1,0 +1,221 @@
+"""Checkpoints of full size that take no room: the header of every file is right, the data is a hole of zeros.
+
+    python -m tools.sparse_checkpoints instruct-pix2pix OUT [--dtype float16]
+    python -m tools.sparse_checkpoints hywu-generator OUT [--blocks 24] [--width 4096]
+
+They have the names, shapes, dtypes and files of the public checkpoints, and load as these do, so exports of
+full size can be measured on any machine. The names come from the model classes themselves, made without data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+SHARD_BYTES = "5GB"  # what save_pretrained writes at most into one file
+_DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+
+# The public configuration, timbrooks/instruct-pix2pix.
+UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 8,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,  # of this class of models, the number of heads
+    "cross_attention_dim": 768,
+}
+VAE: dict[str, Any] = {
+    "sample_size": 512,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+TEXT_ENCODER: dict[str, Any] = {  # CLIP ViT-L/14
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+SCHEDULER: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+# The default configuration of HY-WU's parameter generator, keys sorted as in the released file.
+GENERATOR: dict[str, Any] = {
+    "alpha": 64,
+    "architectures": ["ParameterGenerator"],
+    "d_model": 4096,
+    "dim_accumulation": 4,
+    "dtype": "float32",
+    "head_dim": 128,
+    "input_dim": 4096,
+    "model_type": "parameter_generator",
+    "num_base_model_layers": 32,
+    "num_pg_layers": 24,
+    "output_dim": 1024,
+    "pg_mapping": {
+        "mlp.experts": {
+            "num_experts": 64,
+            "sub_weights": {
+                "w1": {"lora_A_dim": 4096, "lora_B_dim": 3072},
+                "w2": {"lora_A_dim": 3072, "lora_B_dim": 4096},
+                "w3": {"lora_A_dim": 4096, "lora_B_dim": 3072},
+            },
+            "type": "grouped",
+        },
+        "mlp.shared_mlp.down_proj": {"lora_A_dim": 3072, "lora_B_dim": 4096},
+        "mlp.shared_mlp.gate_and_up_proj": {"lora_A_dim": 4096, "lora_B_dim": 6144},
+        "self_attn.o_proj": {"lora_A_dim": 4096, "lora_B_dim": 4096},
+        "self_attn.qkv_proj": {"lora_A_dim": 4096, "lora_B_dim": 6144},
+    },
+    "prefix": "model.layers.",
+    "rank": 16,
+    "token_dim": 1024,
+}
+
+
+def write_instruct_pix2pix(out: Path, dtype: str = "float32", unet: Mapping[str, Any] | None = None) -> None:
+    """Write the pipeline folder ``out``; ``unet`` replaces settings of the UNet."""
+    from diffusers import (
+        AutoencoderKL,
+        EulerAncestralDiscreteScheduler,
+        StableDiffusionInstructPix2PixPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = _clip_tokenizer()
+    scheduler = EulerAncestralDiscreteScheduler(**SCHEDULER)
+    with torch.device("meta"):
+        pipeline = StableDiffusionInstructPix2PixPipeline(
+            vae=AutoencoderKL(**VAE),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)),
+            tokenizer=tokenizer,
+            unet=UNet2DConditionModel(**UNET | dict(unet or {})),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    pipeline.save_config(out)
+    scheduler.save_pretrained(out / "scheduler")
+    tokenizer.save_pretrained(out / "tokenizer")
+    pipeline.unet.save_config(out / "unet")
+    pipeline.vae.save_config(out / "vae")
+    pipeline.text_encoder.config.save_pretrained(out / "text_encoder")
+    for file, module, public_name in (
+        ("unet/diffusion_pytorch_model.safetensors", pipeline.unet, str),
+        ("vae/diffusion_pytorch_model.safetensors", pipeline.vae, _public_vae_name),
+        ("text_encoder/model.safetensors", pipeline.text_encoder, "text_model.{}".format),
+    ):
+        state = module.state_dict().items()
+        write_sparse(out / file, _shapes((public_name(name), tensor) for name, tensor in state), dtype)
+
+
+def write_generator(out: Path, dtype: str = "float32", settings: Mapping[str, Any] | None = None) -> None:
+    """Write the generator folder ``out``, in shards with an index; ``settings`` replace some of GENERATOR."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    from hywu_export.generator import GeneratorConfig, ParameterGenerator
+
+    config = GENERATOR | {"dtype": dtype} | dict(settings or {})
+    with torch.device("meta"):
+        module = ParameterGenerator(GeneratorConfig.from_dict(config)).to(getattr(torch, dtype))
+    # The release has hidden_in last, which decides where its shards are cut.
+    state = dict(sorted(module.state_dict().items(), key=lambda item: item[0].startswith("hidden_in")))
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file, names in split.filename_to_tensors.items():
+        write_sparse(out / file, _shapes((name, state[name]) for name in names), dtype)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "float32") -> None:
+    """Write a safetensors file with these tensors, all of them zeros that take no room on the disk."""
+    code, itemsize = _DTYPES[dtype]
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + itemsize * math.prod(shape)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def _public_vae_name(name: str) -> str:
+    """As the VAE of 2022 called its attention."""
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        name = name.replace(f".{new}.", f".{old}.")
+    return name
+
+
+def _shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
+
+
+def _clip_tokenizer() -> Any:
+    """CLIP's tokenizer with a vocabulary of single bytes, and the length limit of the real one."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=[], model_max_length=TEXT_ENCODER["max_position_embeddings"]
+    )
+
+
+@click.group(help=__doc__)
+def main() -> None: ...
+
+
+_out = click.argument("out", type=click.Path(path_type=Path))
+_dtype = click.option("--dtype", type=click.Choice(list(_DTYPES)), default="float32", show_default=True)
+
+
+@main.command("instruct-pix2pix")
+@_out
+@_dtype
+def _instruct_pix2pix(out: Path, dtype: str) -> None:
+    """The pipeline folder of the public InstructPix2Pix."""
+    write_instruct_pix2pix(out, dtype)
+
+
+@main.command("hywu-generator")
+@_out
+@_dtype
+@click.option("--blocks", default=GENERATOR["num_pg_layers"], show_default=True)
+@click.option("--width", default=GENERATOR["d_model"], show_default=True)
+def _hywu_generator(out: Path, dtype: str, blocks: int, width: int) -> None:
+    """The default parameter generator."""
+    write_generator(out, dtype, {"num_pg_layers": blocks, "d_model": width})
+
+
+if __name__ == "__main__":
+    main()
