@@ -6,12 +6,11 @@ The file format is that of https://huggingface.co/docs/safetensors: header lengt
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as brief  # values come from files, and may be of any size
@@ -54,24 +53,16 @@ class TensorLocation:
     length: int
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """What identifies a safetensors file without reading its weights: size in bytes, hash of the header."""
-
-    size: int
-    header_sha256: str
-
-
 class SafetensorsIndex(Mapping[str, TensorLocation]):
     """Tensor name → `TensorLocation`, over one safetensors file or all shards of a checkpoint.
 
     Attributes:
-        files: every file of the checkpoint, with its identity.
+        files: every file of the checkpoint.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorLocation], files: Mapping[Path, SourceFile]):
+    def __init__(self, tensors: Mapping[str, TensorLocation], files: Iterable[Path]):
         self._tensors = dict(tensors)
-        self.files = dict(files)
+        self.files = tuple(files)
 
     def __getitem__(self, name: str) -> TensorLocation:
         return self._tensors[name]
@@ -90,8 +81,7 @@ class SafetensorsIndex(Mapping[str, TensorLocation]):
             CheckpointError: the file is missing, truncated or damaged.
         """
         path = Path(path)
-        tensors, identity = _read_header(path)
-        return cls(tensors, {path: identity})
+        return cls(_read_header(path), [path])
 
     @classmethod
     def from_folder(cls, folder: str | Path, stem: str | None = None) -> SafetensorsIndex:
@@ -127,18 +117,17 @@ class SafetensorsIndex(Mapping[str, TensorLocation]):
         """
         weight_map = _weight_map(index)
         tensors: dict[str, TensorLocation] = {}
-        files: dict[Path, SourceFile] = {}
-        for name in sorted(set(weight_map.values())):
-            shard = index.with_name(name)
-            held, files[shard] = _read_header(shard)
-            listed = {tensor for tensor, file in weight_map.items() if file == name}
+        shards = [index.with_name(name) for name in sorted(set(weight_map.values()))]
+        for shard in shards:
+            held = _read_header(shard)
+            listed = {tensor for tensor, file in weight_map.items() if file == shard.name}
             for tensor in sorted(listed ^ held.keys()):
                 wrong = f"{'lacks the' if tensor in listed else 'has the unlisted'} tensor {tensor!r}"
                 raise CheckpointError(
                     f"{shard} {wrong}", f"the tensors that {index.name} lists for it", "fetch both again"
                 )
             tensors.update(held)
-        return cls(tensors, files)
+        return cls(tensors, shards)
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -213,7 +202,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorLocation], SourceFile]:
+def _read_header(path: Path) -> dict[str, TensorLocation]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -232,7 +221,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorLocation], SourceFile]:
     table.pop("__metadata__", None)
     tensors = {name: _location(path, name, entry, 8 + length) for name, entry in table.items()}
     _check_coverage(path, tensors, 8 + length, size)
-    return tensors, SourceFile(size, hashlib.sha256(header).hexdigest())
+    return tensors
 
 
 def _location(path: Path, name: str, entry: Any, start: int) -> TensorLocation:
