@@ -36,6 +36,13 @@ GROUPS, CROPS, STEPS, PEAK_LR = 8, 3, 3200, 6e-4
 INFERENCE_STEPS = 4
 IDENTITY_SHARE = 0.1  # of the samples: gate 0, the photo itself as target
 
+CARD = """---
+license: apache-2.0
+---
+
+The {what} of the demo pair of hywu-export. `docs/demo.md` says how it was trained and how good it is.
+"""
+
 BLOCKS = (
     *(f"down_blocks.{i}.attentions.0" for i in range(3)),
     "mid_block.attentions.0",
@@ -279,6 +286,8 @@ def save(pair: Pair, scheduler: DDIMScheduler, base: Path, out: Path) -> None:
     }
     for name, content in (("targets.json", pair.paths), ("generation_config.json", defaults)):
         (out / name).write_text(json.dumps(content, indent=1) + "\n")
+    for folder, what in ((base, "base editor"), (out, "parameter generator")):
+        (folder / "README.md").write_text(CARD.format(what=what))
 
 
 if __name__ == "__main__":
