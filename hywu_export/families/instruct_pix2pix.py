@@ -5,6 +5,7 @@ Three guidance rows (Brooks et al., arXiv 2211.09800): instruction and image, im
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from hywu_export.schedules import apply_row, make_scheduler
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
 from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
 from hywu_runtime.manifest import Call, Guidance, ImagePolicy, Phase, ProvidedTensor, State, Zeros
+
+log = logging.getLogger(__name__)
 
 TOKENIZER = "main"
 LATENT_SIZE = ("latent_height", "latent_width")
@@ -123,7 +126,7 @@ class Step(nn.Module):
 
 
 class InstructPix2Pix:
-    """The family of ``StableDiffusionInstructPix2PixPipeline``."""
+    """The family of ``StableDiffusionInstructPix2PixPipeline``. A safety checker stays outside the bundle."""
 
     pipeline_class = "StableDiffusionInstructPix2PixPipeline"
     denoiser = "unet"
@@ -141,6 +144,9 @@ class InstructPix2Pix:
         self.scheduler = class_name(settings), read_config(settings)
         self._tokenizer_config = read_config(folder / "tokenizer" / "tokenizer_config.json")
         self._check_fit()
+        checker = read_config(folder / "model_index.json").get("safety_checker")
+        if isinstance(checker, list) and any(checker):
+            log.warning("The safety checker of %s is not exported: look after what the bundle makes", folder)
 
     def _check_fit(self) -> None:
         """Whether the components belong together."""

@@ -225,3 +225,12 @@ def test_a_pickle(base: Path) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model_index\.json"):
         open_base(tmp_path / "nowhere")
+
+
+def test_a_safety_checker_is_left_out_aloud(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_base(base)
+    assert not caplog.records
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    configure(base, "model_index.json", safety_checker=checker)
+    open_base(base)
+    assert "safety checker" in caplog.text
