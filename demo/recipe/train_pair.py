@@ -276,6 +276,10 @@ def save(pair: Pair, scheduler: DDIMScheduler, base: Path, out: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(base)
+    # diffusers notes where the VAE was loaded from; that is nobody's business.
+    file = base / "vae" / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+    file.write_text(json.dumps(config, indent=2) + "\n")
     pair.generator.save_pretrained(out, dtype=half)
     pair.condition_encoder.save_pretrained(out / "condition_encoder", dtype=half)
     defaults = {
