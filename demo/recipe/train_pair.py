@@ -7,8 +7,7 @@ base returns what it was given.
 
 python -m demo.recipe.train_pair --photos DIR --work DIR --out DIR
 
-The learning rate is constant and then falls linearly over the last quarter, so a longer or shorter run shares
-its beginning with this one.
+There are two rounds. The second gives the hardest instruction a larger share.
 """
 
 from __future__ import annotations
@@ -32,7 +31,9 @@ from .tokenizer import MAX_LENGTH, train_tokenizer
 from .training import Checkpoint, run
 
 WIDTH, RANK, TEXT_DIM, CONDITION_DIM = 128, 8, 64, 128
-GROUPS, CROPS, STEPS, PEAK_LR = 8, 3, 3200, 6e-4
+GROUPS, CROPS, PEAK_LR = 8, 3, 6e-4
+STEPS, MORE_STEPS = 3200, 600  # the second round gives the hardest instruction the share that it needs
+HARDEST, HARDEST_SHARE = "invert", 0.4
 INFERENCE_STEPS = 4
 IDENTITY_SHARE = 0.1  # of the samples: gate 0, the photo itself as target
 
@@ -188,6 +189,8 @@ def make_batch(
     texts, sources, targets, gates = [], [], [], []
     for _ in range(GROUPS):
         operation = operations.OPERATIONS[rng.integers(len(operations.OPERATIONS))]
+        if i >= STEPS and rng.random() < HARDEST_SHARE:
+            operation = operations.BY_NAME[HARDEST]
         texts.append(operation.phrasings[rng.integers(len(operation.phrasings))])
         picture = pictures[rng.integers(len(pictures))]
         crops = torch.stack([photos.random_crop(picture, size, rng) for _ in range(CROPS)])
@@ -199,12 +202,19 @@ def make_batch(
     return texts, torch.cat(sources) * 2 - 1, torch.cat(targets) * 2 - 1, torch.cat(gates)
 
 
+def learning_rate(i: int) -> float:
+    """Share of the peak at step ``i``: in both rounds constant, then falling linearly over the last part."""
+    if i < STEPS:
+        return min(1.0, (i + 1) / 100, (STEPS - i) / (0.25 * STEPS))
+    left = STEPS + MORE_STEPS - i
+    return max(0.0, min(0.7, (i - STEPS + 1) / 30, 0.7 * left / (0.4 * MORE_STEPS)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints; a killed run resumes")
     parser.add_argument("--out", type=Path, required=True, help="has base/vae; the rest is added")
-    parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
 
     base, out = args.out / "base", args.out / "generator"
@@ -219,9 +229,7 @@ def main() -> None:
     noise_level = (1 - scheduler.alphas_cumprod).sqrt()
     scaling = pair.vae.config.scaling_factor
     optimiser = torch.optim.AdamW(trained.parameters(), lr=PEAK_LR, weight_decay=1e-2, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min(1.0, (i + 1) / 100, max(0.0, (args.steps - i) / (0.25 * args.steps)))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate)
 
     def step(i: int) -> dict[str, float]:
         torch.manual_seed(i)
@@ -257,7 +265,7 @@ def main() -> None:
         }
 
     parts: dict[str, Any] = {"trained": trained, "optimiser": optimiser, "schedule": schedule}
-    run(args.steps, step, Checkpoint(args.work / "pair.pt", parts))
+    run(STEPS + MORE_STEPS, step, Checkpoint(args.work / "pair.pt", parts))
     save(pair, scheduler, base, out)
 
 

@@ -94,23 +94,25 @@ def show(file: str, as_json: bool) -> None:
 @_out
 @json_option
 def convert(adapter: str, bundle: str | None, base: str | None, out: str, as_json: bool) -> None:
-    """Convert a LoRA ADAPTER, of PEFT or diffusers, to a delta file."""
+    """Convert a LoRA ADAPTER, of PEFT or diffusers, to a delta file.
+
+    Ranks are padded to those of --bundle. Without --bundle and --base the adapter is taken at its word.
+    """
     from hywu_export.deltas import DeltaSpec, peft_to_deltas
     from hywu_runtime import Deltas
 
-    if (bundle is None) == (base is None):
+    if bundle is not None and base is not None:
         raise InputError(
-            "The model that the adapter is for is not clear",
-            "Expected either --bundle or --base",
-            "Give one of them",
+            "Both --bundle and --base were given", "Expected one of them at most", "Leave one out"
         )
     check_output(Path(out))
     if bundle is not None:
         from hywu_runtime.codec import encode
 
         arrays = peft_to_deltas(adapter, DeltaSpec.from_manifest(encode(_spec(bundle))))
+    elif base is None:
+        arrays = peft_to_deltas(adapter)
     else:
-        assert base is not None
         require_toolchain()
         from hywu_export.families import open_base
 

@@ -128,11 +128,13 @@ def test_convert_for_a_bundle(adapter: Path, lora_bundle: Path, tmp_path: Path) 
     Deltas.load(tmp_path / "d.safetensors").check(spec)
 
 
-def test_convert_for_a_base(adapter: Path, pair: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checked", [True, False])
+def test_convert_for_a_base_or_for_none(checked: bool, adapter: Path, pair: Any, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     file = tmp_path / "d.safetensors"
-    assert answer("deltas", "convert", adapter, "--base", pair.base, "--out", file)["rank"] == 3
+    against = ("--base", pair.base) if checked else ()
+    assert answer("deltas", "convert", adapter, *against, "--out", file)["rank"] == 3
     saved = load_file(adapter / "adapter_model.safetensors")
     made = Deltas.load(file)
     for name, tensor in saved.items():
@@ -143,7 +145,7 @@ def test_convert_for_a_base(adapter: Path, pair: Any, tmp_path: Path) -> None:
 
 def test_convert_refused(adapter: Path, bundle: Path, lora_bundle: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "d.safetensors")
-    refused("deltas", "convert", adapter, *out)
+    refused("deltas", "convert", adapter, "--bundle", lora_bundle, "--base", tmp_path, *out)
     refused("deltas", "convert", adapter, "--bundle", bundle, *out)  # has modules that the bundle has not
     refused("deltas", "convert", tmp_path, "--bundle", lora_bundle, *out)
     refused("deltas", "convert", adapter, "--bundle", tmp_path, *out)
