@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
+# Machines are noisy: a slow example is no failure, and in CI every run tries the same examples.
+settings.register_profile("project", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("project")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WORDS = ["make it sepia", "blur the photo", "a cat", "ugly"]
