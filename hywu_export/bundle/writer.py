@@ -261,7 +261,7 @@ class BundleWriter:
         """The graph's bytes; its initializers point into weights files, or are links."""
         import onnx_ir as ir
 
-        from hywu_export.passes.weights import cast_weights
+        from hywu_export.bundle.stored_dtype import cast_weights
 
         model = traced.model.clone()
         graph = model.graph

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hywu_export.passes.cleaning import clean
     from hywu_export.passes.linting import Finding, check, lint
-    from hywu_export.passes.weights import cast_weights
 
-__all__ = ["Finding", "cast_weights", "check", "clean", "lint"]
+__all__ = ["Finding", "check", "clean", "lint"]
 
 _HOMES = {
     "clean": "cleaning",
     "Finding": "linting",
     "check": "linting",
     "lint": "linting",
-    "cast_weights": "weights",
 }
 
 

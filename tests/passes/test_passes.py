@@ -8,7 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from hywu_export.passes import cast_weights, check, clean, lint
+from hywu_export.bundle.stored_dtype import cast_weights
+from hywu_export.passes import check, clean, lint
 from hywu_export.passes.linting import OPERATORS
 from hywu_export.tracing import TensorSpec, rtx
 from hywu_runtime.errors import UnsupportedError
