@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hywu_runtime.backends import Backend, create_backend
+from hywu_runtime.backends import Backend
 from hywu_runtime.bundle import Bundle
+from hywu_runtime.choice import choose
 from hywu_runtime.codec import show
 from hywu_runtime.deltas import Deltas
+from hywu_runtime.engines import BATCH, narrowed, sides
 from hywu_runtime.errors import BundleError, DeltaError, InputError, UnsupportedError
 from hywu_runtime.images import Photo, Pixels, Size, load_photo
 from hywu_runtime.manifest import ImagePolicy, ProvidedTensor
@@ -75,15 +77,23 @@ class Editor:
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, *, variant: str | None = None, low_memory: bool = False
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        variant: str | None = None,
+        low_memory: bool = False,
+        engines: Sequence[str] = (),
     ):
         """Prepares an editor; :meth:`load` is the usual way to one. Raises BundleError, InputError."""
-        self.bundle, self.backend = bundle, backend
+        self.bundle, self.backend, self.variant, self.engines = bundle, backend, variant, tuple(engines)
         manifest = self._manifest = bundle.manifest
         if variant is not None:
             for graph in manifest.graphs:
                 bundle.graph_file(graph, variant)
-        self._executor = Executor(bundle, backend, variant=variant, low_memory=low_memory)
+        self._executor = Executor(
+            bundle, backend, variant=variant, low_memory=low_memory, engines=self.engines
+        )
         self._encoders = {
             name: PromptEncoder(bundle.file(t.file), t) for name, t in manifest.tokenizers.items()
         }
@@ -104,25 +114,32 @@ class Editor:
         verify: bool = False,
         sources: Mapping[str, str | Path] | None = None,
         variant: str | None = None,
+        engine: str | None = None,
     ) -> Editor:
         """Opens a bundle. Graphs are loaded when they are first needed; see :meth:`warm_up`.
 
         Args:
             path: the bundle directory.
-            backend: ``auto``, or one of :data:`hywu_runtime.backends.ORDER`.
+            backend: one of :data:`hywu_runtime.backends.ORDER`, or ``auto``: the first of them that works
+                here; of ``tensorrt`` and ``tensorrt-rtx``, where the bundle has an engine that does.
             device: index of the GPU.
             threads: CPU threads.
             low_memory: hold the graphs of one stage at a time, and load them for every request.
             verify: check the SHA-256 of every file.
             sources: source id to checkpoint directory, for a bundle with linked weights.
             variant: a precision variant of the bundle; None is the bundle's own graphs.
+            engine: one of the bundle's engines, by key; None is the newest that serves a request.
         Raises:
             BundleError: the bundle is damaged.
             DeviceError: the backend is not there.
+            EngineError: the backend has no engine in the bundle that can be used here.
             InputError: an argument cannot be used.
         """
         bundle = Bundle.open(path, verify, sources)
-        return cls(bundle, create_backend(backend, device, threads), variant=variant, low_memory=low_memory)
+        choice = choose(bundle, backend, device, threads, variant, engine)
+        return cls(
+            bundle, choice.backend, variant=choice.variant, low_memory=low_memory, engines=choice.engines
+        )
 
     def __enter__(self) -> Editor:
         return self
@@ -142,17 +159,19 @@ class Editor:
         return self._executor.timings
 
     def limits(self) -> Limits:
-        """What this editor accepts."""
+        """What this editor accepts: of the bundle's limits, what its engines cover if it runs on engines.
+
+        The ``size`` is that of the newest of them.
+        """
         m, schedule = self._manifest, self._schedule
-        axis = m.axes.get("batch")
         steps = (
             {name: tuple(schedule.accepted(name)) for name in m.schedules.samplers}
             if m.schedules and schedule
             else {}
         )
         return Limits(
-            batch=(axis.min or 1, axis.max or 1) if axis is not None else (1, 1),
-            size=m.image,
+            batch=self._batch_limits(),
+            size=self._policy(self._batch_limits()[0]),
             steps=steps,
             default_sampler=m.schedules.default if m.schedules is not None else None,
             default_steps=m.schedules.default_steps if m.schedules is not None else None,
@@ -333,14 +352,47 @@ class Editor:
             self._executor.load(plan)
         if m.results.image is None or any(m.tensors[name].source == "input" for name in plan.provided):
             return
-        side = m.image.min if m.image is not None else 64
+        width, height = self._warm_up_size()
         fewest = (
             min(self._schedule.accepted(m.schedules.default), default=None)
             if self._schedule and m.schedules
             else None
         )
-        gray = np.full((side, side, 3), 128, np.uint8)
-        self.edit(gray, "", steps=fewest, delta_strength=0.0 if plan.absent else 1.0)
+        gray = np.full((height, width, 3), 128, np.uint8)
+        self.edit_batch(
+            [(gray, "")] * self._batch_limits()[0],
+            steps=fewest,
+            delta_strength=0.0 if plan.absent else 1.0,
+            size=(width, height) if m.image is not None else None,
+        )
+
+    def _warm_up_size(self) -> tuple[int, int]:
+        """Width and height: the size that the newest engine is tuned for, or a small one."""
+        policy, axes = self._manifest.image, sides(self._manifest)
+        if self.engines and len(axes) == 2:
+            shapes = self._manifest.engines[self.engines[0]].shapes
+            if all(name in shapes for name in axes):
+                height, width = (shapes[name][1] for name in axes)
+                return width, height
+        side = -(-policy.min // policy.multiple) * policy.multiple if policy is not None else 64
+        return side, side
+
+    def _batch_limits(self) -> tuple[int, int]:
+        axis = self._manifest.axes.get(BATCH)
+        low, high = (axis.min or 1, axis.max or 1) if axis is not None else (1, 1)
+        ranges = [self._manifest.engines[key].shapes.get(BATCH) for key in self.engines]
+        known = [sizes for sizes in ranges if sizes is not None]
+        if known and len(known) == len(ranges):
+            low, high = max(low, min(r[0] for r in known)), min(high, max(r[2] for r in known))
+        return low, high
+
+    def _policy(self, batch: int) -> ImagePolicy | None:
+        """How a photo's size is chosen: within the newest engine that takes the batch."""
+        for key in self.engines:
+            engine = self._manifest.engines[key]
+            if engine.covers({BATCH: batch}) is None:
+                return narrowed(self._manifest, engine)
+        return self._manifest.image
 
     def _samples(
         self,
@@ -358,7 +410,7 @@ class Editor:
                 "There is no request", "Expected (photo, instruction) pairs", "Give at least one"
             )
         count = len(pairs)
-        low, high = self.limits().batch
+        low, high = self._batch_limits()
         if not low <= count <= high:
             raise InputError(
                 f"The batch has {count} photos", f"This bundle takes {low} to {high}", "Split the batch"
@@ -379,7 +431,8 @@ class Editor:
         )
 
     def _pixels(self, photos: Sequence[Photo | None], size: Size | None) -> list[Pixels]:
-        policy = self._manifest.image
+        # An explicit size is the user's: whether an engine takes it is seen when all axes are known.
+        policy = self._policy(len(photos)) if size is None else self._manifest.image
         pixels: list[Pixels] = []
         for photo in photos:
             if photo is None:

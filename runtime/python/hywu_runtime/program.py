@@ -6,18 +6,21 @@ and runs a plan.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from hywu_runtime.backends import Backend, Binding, DeviceTensor, Session
+from hywu_runtime.backends import Backend, Binding, DeviceTensor, Mark, Session
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.codec import show
-from hywu_runtime.errors import CancelledError, DeltaError, DeviceError, InputError
-from hywu_runtime.manifest import PHASES, Manifest, Phase, Value, Zeros
+from hywu_runtime.engines import build_command, covering
+from hywu_runtime.errors import CancelledError, DeltaError, DeviceError, EngineError, HywuError, InputError
+from hywu_runtime.manifest import PHASES, Manifest, Phase, State, Value, Zeros
 
 Array = npt.NDArray[Any]
 
@@ -82,16 +85,14 @@ class Request:
     values: Mapping[str, Array]
     per_step: Mapping[str, Callable[[int], Array]] = field(default_factory=dict)
     evaluations: int = 0
-    finite: tuple[
-        str, ...
-    ] = ()  # refused if the request phase makes a value that is not finite, where looking is free
+    finite: tuple[str, ...] = ()  # made by the request phase, and refused if they hold what is not finite
     progress: Callable[[int, int], object] | None = None
     cancelled: Callable[[], object] | None = None
 
 
 @dataclass
 class Timings:
-    """Seconds of the last run.
+    """Seconds of the last run, of the device where it works on its own.
 
     ``graphs``: by graph, without the step phase. ``steps``: by evaluation. ``load``: loading graphs.
     """
@@ -103,8 +104,9 @@ class Timings:
 
 
 # The buffers of one name: its own; zeros, for an initial state; two that the steps write in turn, for a
-# carried tensor; and one for what a call makes although the caller has given it.
-_OWN, _ZEROS, _EVEN, _ODD, _SPARE = range(5)
+# carried tensor; one for what a call makes although the caller has given it; and where states are copied, one
+# from which all steps read a state.
+_OWN, _ZEROS, _EVEN, _ODD, _SPARE, _CARRIED = range(6)
 Slot = tuple[str, int]
 
 
@@ -119,6 +121,7 @@ class _Turn:
 _FIRST = _Turn(_OWN, _EVEN)
 _STEPS = (_Turn(_ODD, _EVEN), _Turn(_EVEN, _ODD))
 _AFTER = (_Turn(_EVEN, _EVEN), _Turn(_ODD, _ODD))  # by the parity of the last evaluation
+_COPIED = _Turn(_CARRIED, _EVEN)  # every step, and what comes after, where states are copied
 
 
 class Executor:
@@ -131,10 +134,17 @@ class Executor:
         bundle, backend, variant: what to run, and on what.
         low_memory: keep only the session that runs (in the step phase: those of the steps), and load it anew
             each time.
+        engines: the engines that a backend with a target may use, the best first.
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, *, variant: str | None = None, low_memory: bool = False
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        variant: str | None = None,
+        low_memory: bool = False,
+        engines: Sequence[str] = (),
     ):
         self.bundle, self.backend, self.variant, self.low_memory = bundle, backend, variant, low_memory
         self.timings = Timings()
@@ -146,6 +156,9 @@ class Executor:
         self._fixed: dict[str, DeviceTensor] = {}  # those of them that the plan reads
         self._buffers: dict[Slot, DeviceTensor] = {}
         self._bindings: dict[tuple[int, _Turn], Binding] = {}
+        self._sequences: dict[_Turn, Binding] = {}  # the step phase
+        self._engines, self._engine = tuple(engines), ""
+        self._marks: list[tuple[str | None, Mark, Mark]] = []  # graph (None: a step), start, end
         self._layout: tuple[Plan, Mapping[str, int]] | None = None
         self._given: frozenset[str] = frozenset()
         self._axes: Mapping[str, int] = {}
@@ -156,10 +169,13 @@ class Executor:
         Raises:
             CancelledError: ``request.cancelled`` said so.
             BundleError, EngineError, DeviceError: a graph cannot be loaded or run.
-            InputError: the size of an axis is not known.
+            InputError: the size of an axis is not known, or no engine takes it.
         """
         start = time.perf_counter()
         self.timings = Timings()
+        self._marks.clear()
+        self.backend.enter()
+        self._choose_engine(plan, request.axes)
         layout = (plan, dict(request.axes))
         if layout != self._layout:
             self._release()
@@ -169,17 +185,16 @@ class Executor:
                 self._buffer((name, _OWN)).write(array)
             self._run_load(plan)
             self._run_phase(plan.calls["request"], request, _FIRST)
-            for name in request.finite:
-                if self._tensor(name, _FIRST).finite() is False:
-                    raise DeltaError(
-                        f"The generator made values of {show(name, 200)} that are not finite",
-                        "Expected finite numbers",
-                        "Check the bundle and the request's inputs",
-                    )
-            self._run_steps(plan.calls["step"], request)
-            after = _AFTER[(request.evaluations - 1) % 2]
+            unseen = self._check_finite(request.finite)
+            self._run_steps(plan, request)
+            after = _COPIED if self.backend.copies_states else _AFTER[(request.evaluations - 1) % 2]
             self._run_phase(plan.calls["final"], request, after)
-            return {name: self._tensor(name, after).read() for name in plan.wanted}
+            if unseen:
+                self._check_result(plan, after)
+            results = {name: self._tensor(name, after).read() for name in plan.wanted}
+            self.backend.wait()
+            self._note_times()
+            return results
         except MemoryError:
             self._release()
             raise DeviceError(
@@ -188,6 +203,8 @@ class Executor:
                 "Use a smaller size or batch, or low_memory=True",
             ) from None
         except BaseException:
+            with contextlib.suppress(HywuError):  # one is being raised; what is still queued must end first
+                self.backend.wait()
             self._release()
             raise
         finally:
@@ -200,6 +217,8 @@ class Executor:
     def load(self, plan: Plan) -> None:
         """Loads the graphs of a plan beforehand; does nothing in low-memory mode."""
         if not self.low_memory:
+            self.backend.enter()
+            self._choose_engine(plan, {})
             for calls in plan.calls.values():
                 for i in calls:
                     self._session(self._manifest.program[i].graph)
@@ -211,6 +230,7 @@ class Executor:
         self._constants.clear()
 
     def _release(self) -> None:
+        self._sequences.clear()
         self._bindings.clear()
         self._buffers.clear()
         self._fixed.clear()
@@ -234,30 +254,108 @@ class Executor:
             _check_cancelled(request)
             self._timed(i, self._binding(i, turn))
 
-    def _run_steps(self, calls: Sequence[int], request: Request) -> None:
+    def _run_steps(self, plan: Plan, request: Request) -> None:
+        calls = plan.calls["step"]
         if not calls:
             return
         if self.low_memory:
             self._keep_sessions({self._manifest.program[i].graph for i in calls})
         inputs = [(self._buffer((name, _OWN)), value) for name, value in request.per_step.items()]
+        if self.backend.copies_states:
+            self._copy_initial(plan)
         for k in range(request.evaluations):
             _check_cancelled(request)
-            turn = _STEPS[k % 2] if k else _FIRST
-            bindings = [self._binding(i, turn, keep=True) for i in calls]
-            start = time.perf_counter()
+            sequence = self._step(
+                plan, _COPIED if self.backend.copies_states else _STEPS[k % 2] if k else _FIRST
+            )
+            start = self.backend.mark()
             for tensor, value in inputs:
                 tensor.write(value(k))
-            for binding in bindings:
-                binding.run()
-            self.timings.steps.append(time.perf_counter() - start)
+            sequence.run()
+            self._marks.append((None, start, self.backend.mark()))
             if request.progress is not None:
+                self.backend.wait()  # who is told that a step is done may rely on it
                 request.progress(k + 1, request.evaluations)
 
+    def _step(self, plan: Plan, turn: _Turn) -> Binding:
+        """The calls of a step as one unit."""
+        if turn not in self._sequences:
+            bindings = [self._binding(i, turn, keep=True) for i in plan.calls["step"]]
+            copies = [
+                (self._buffer((state.next, turn.write)), self._buffer((state.tensor, _CARRIED)))
+                for state in (self._carried(plan) if self.backend.copies_states else ())
+            ]
+            self._sequences[turn] = self.backend.sequence(bindings, copies)
+        return self._sequences[turn]
+
+    def _carried(self, plan: Plan) -> list[State]:
+        """The states that something reads."""
+        calls = [self._manifest.program[i] for phase in ("step", "final") for i in plan.calls[phase]]
+        read = {name for call in calls for name in self._manifest.reads(call).values()} | set(plan.wanted)
+        return [state for state in self._manifest.state if state.tensor in read]
+
+    def _copy_initial(self, plan: Plan) -> None:
+        """Puts every state's first value where the steps read it."""
+        copies = []
+        for state in self._carried(plan):
+            carried = self._buffer((state.tensor, _CARRIED))
+            if isinstance(state.initial, Zeros):
+                carried.wipe()
+            else:
+                copies.append((self._tensor(state.initial, _FIRST), carried))
+        self.backend.sequence((), copies).run()
+
+    def _check_finite(self, names: Sequence[str]) -> bool:
+        """Refuses generated values that are not finite; whether there are some that cannot be looked at."""
+        unseen = False
+        for name in names:
+            finite = self._tensor(name, _FIRST).finite()
+            unseen = unseen or finite is None
+            if finite is False:
+                raise DeltaError(
+                    f"The generator made values of {show(name, 200)} that are not finite",
+                    "Expected finite numbers",
+                    "Check the bundle and the request's inputs",
+                )
+        return unseen
+
+    def _check_result(self, plan: Plan, after: _Turn) -> None:
+        """Refuses carried values that are not finite; they are small, and a wrong delta shows in them."""
+        calls = [self._manifest.program[i] for i in plan.calls["final"]]
+        read = {name for call in calls for name in self._manifest.reads(call).values()}
+        for name in sorted(read & self._states.keys()):
+            tensor = self._tensor(name, after)
+            if tensor.dtype.kind == "f" and not np.isfinite(tensor.read()).all():
+                raise DeltaError(
+                    f"The steps made values of {show(name, 200)} that are not finite",
+                    "Expected finite numbers: the generated deltas are not, or the graphs overflow with them",
+                    "Look at `hywu deltas generate`, or use another variant",
+                )
+
     def _timed(self, index: int, binding: Binding) -> None:
-        graph = self._manifest.program[index].graph
-        start = time.perf_counter()
+        start = self.backend.mark()
         binding.run()
-        self.timings.graphs[graph] = self.timings.graphs.get(graph, 0.0) + time.perf_counter() - start
+        self._marks.append((self._manifest.program[index].graph, start, self.backend.mark()))
+
+    def _note_times(self) -> None:
+        for graph, start, end in self._marks:
+            seconds = end.since(start)
+            if graph is None:
+                self.timings.steps.append(seconds)
+            else:
+                self.timings.graphs[graph] = self.timings.graphs.get(graph, 0.0) + seconds
+        self._marks.clear()
+
+    def _choose_engine(self, plan: Plan, axes: Mapping[str, int]) -> None:
+        """Takes the engine that serves a plan at some sizes; another one's graphs and buffers go."""
+        target = self.backend.target
+        if target is None:
+            return
+        graphs = {self._manifest.program[i].graph for calls in plan.calls.values() for i in calls}
+        key = covering(self.bundle.root, self._manifest, self._engines, axes, graphs, target)
+        if key != self._engine:
+            self.close()
+            self._engine = key
 
     def _binding(self, index: int, turn: _Turn, keep: bool = False) -> Binding:
         """A call bound to a turn's buffers. In low-memory mode other sessions go first, unless ``keep``."""
@@ -276,15 +374,30 @@ class Executor:
     def _session(self, graph: str) -> Session:
         if graph not in self._sessions:
             start = time.perf_counter()
-            file = self.bundle.graph_file(graph, self.variant)
-            self._sessions[graph] = self.backend.load(self.bundle.file(file), self.bundle.initializers(file))
+            self._sessions[graph] = self._load_plan(graph) if self._engine else self._load_graph(graph)
             self.timings.load += time.perf_counter() - start
         return self._sessions[graph]
+
+    def _load_graph(self, graph: str) -> Session:
+        file = self.bundle.graph_file(graph, self.variant)
+        return self.backend.load(self.bundle.file(file), self.bundle.initializers(file))
+
+    def _load_plan(self, graph: str) -> Session:
+        engine = self._manifest.engines[self._engine]
+        try:
+            return self.backend.load(self.bundle.file(engine.graphs[graph]), {})
+        except EngineError as error:
+            assert self.backend.target is not None
+            command = build_command(
+                self.bundle.root, self._manifest, self.backend.target, engine.variant, engine.shapes
+            )
+            raise EngineError(error.wrong, error.expected, f"Build it again: {command} --rebuild") from None
 
     def _keep_sessions(self, graphs: Collection[str]) -> None:
         """Drops the sessions of all other graphs, and the bindings that hold them."""
         if not self._sessions.keys() <= set(graphs):
             self._sessions = {graph: session for graph, session in self._sessions.items() if graph in graphs}
+            self._sequences.clear()
             self._bindings.clear()
 
     def _tensor(self, name: str, turn: _Turn) -> DeviceTensor:
@@ -295,6 +408,8 @@ class Executor:
     def _source(self, name: str, turn: _Turn) -> Slot:
         state = self._states.get(name)
         if state is not None:
+            if turn.read == _CARRIED:
+                return name, _CARRIED
             if turn.read != _OWN:
                 return state.next, turn.read
             return (name, _ZEROS) if isinstance(state.initial, Zeros) else (state.initial, _OWN)

@@ -20,8 +20,10 @@ from hywu_runtime.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
     from hywu_runtime.bundle import Weight
+    from hywu_runtime.engines import Target
 
-ORDER = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu")
+COMPILED = ("tensorrt", "tensorrt-rtx")
+ORDER = (*COMPILED, "ort-cuda", "ort-cpu")
 _log = logging.getLogger(__name__)
 
 
@@ -48,10 +50,17 @@ class DeviceTensor(Protocol):
 
 
 class Binding(Protocol):
-    """A graph with its inputs and outputs bound."""
+    """A graph with its inputs and outputs bound, or several as one unit."""
 
     def run(self) -> None:
-        """Runs the graph; returns when the outputs are there."""
+        """Runs the graph, or queues it: whatever the backend is asked to do afterwards sees its outputs."""
+
+
+class Mark(Protocol):
+    """A point in a backend's work."""
+
+    def since(self, earlier: Any) -> float:
+        """Seconds from an earlier mark; both lie before a `wait`."""
 
 
 class Session(Protocol):
@@ -67,24 +76,44 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def target(self) -> Target | None:
+        """What engines must have been built for; None where ONNX graphs run as they are."""
+
+    @property
+    def copies_states(self) -> bool:
+        """Whether a carried state stays in one buffer, into which each step's result is copied; otherwise the
+        steps write two buffers in turn."""
+
     def load(self, file: Path, weights: Mapping[str, Weight]) -> Session:
-        """Loads a graph; ``weights`` are its linked initializers."""
+        """Loads a graph, or a plan of it; ``weights`` are its linked initializers."""
 
     def allocate(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
         """A new buffer of zeros."""
 
+    def sequence(self, bindings: Sequence[Any], copies: Sequence[tuple[Any, Any]]) -> Binding:
+        """Bindings of this backend as one unit, and copies (source, target) of its tensors after them."""
 
-def available_backends() -> dict[str, str | None]:
+    def enter(self) -> None:
+        """Called by a thread before it uses the backend."""
+
+    def mark(self) -> Mark:
+        """A mark after what was asked for so far."""
+
+    def wait(self) -> None:
+        """Until all is done that was asked for. Raises what went wrong with it."""
+
+
+def available_backends(device: int = 0) -> dict[str, str | None]:
     """Every backend, best first, with the reason why it cannot be used here, or None."""
-    from hywu_runtime.backends.onnxruntime import missing
+    from hywu_runtime.backends import onnxruntime, tensorrt
 
-    reasons: dict[str, str | None] = {name: missing(name) for name in ("ort-cuda", "ort-cpu")}
-    later = "this version of hywu_runtime runs ONNX Runtime only"
-    return {name: reasons.get(name, later) for name in ORDER}
+    reasons = {name: tensorrt.missing(name, device) for name in COMPILED}
+    return reasons | {name: onnxruntime.missing(name) for name in ORDER if name not in COMPILED}
 
 
 def create_backend(name: str = "auto", device: int | None = None, threads: int | None = None) -> Backend:
-    """The backend called ``name``, or with ``auto`` the best that is there.
+    """The backend called ``name``, or with ``auto`` the best that runs ONNX graphs as they are.
 
     Args:
         name: ``auto`` or one of ``ORDER``.
@@ -94,7 +123,7 @@ def create_backend(name: str = "auto", device: int | None = None, threads: int |
         DeviceError: it is not there.
         InputError: there is no such backend.
     """
-    from hywu_runtime.backends.onnxruntime import OnnxRuntime
+    from hywu_runtime.backends import onnxruntime, tensorrt
 
     if name != "auto" and name not in ORDER:
         raise InputError(
@@ -111,22 +140,41 @@ def create_backend(name: str = "auto", device: int | None = None, threads: int |
                 f"Expected an integer from {least} to 4096, or None",
                 "Correct it",
             )
-    backends = available_backends()
     if name == "auto":
-        usable = [candidate for candidate, reason in backends.items() if reason is None]
+        reasons = {plain: onnxruntime.missing(plain) for plain in ORDER if plain not in COMPILED}
+        usable = [candidate for candidate, reason in reasons.items() if reason is None]
         if not usable:
             raise DeviceError(
                 "No backend can be used",
-                "; ".join(f"{n}: {r}" for n, r in backends.items()),
+                "; ".join(f"{n}: {r}" for n, r in reasons.items()),
                 "Install onnxruntime",
             )
         name = usable[0]
         _log.info("backend %s chosen among %s", name, ", ".join(usable))
-    elif backends[name] is not None:
-        usable = [candidate for candidate, reason in backends.items() if reason is None]
+    elif name in COMPILED:
+        reason = tensorrt.missing(name, device or 0)
+        if reason is not None:
+            raise DeviceError(
+                f"Backend {name} cannot be used: {reason}",
+                f"Expected an NVIDIA GPU with its driver, {name.replace('-', '_')} and cuda-python",
+                _instead(name),
+            )
+        return tensorrt.TensorRt(name, device or 0)
+    elif (reason := onnxruntime.missing(name)) is not None:
         raise DeviceError(
-            f"Backend {name} cannot be used: {backends[name]}",
-            f"Usable here: {', '.join(usable) or 'none'}",
+            f"Backend {name} cannot be used: {reason}",
+            f"Usable here: {', '.join(_usable()) or 'none'}",
             'Choose one of these, or backend="auto"',
         )
-    return OnnxRuntime(name, device or 0, threads)
+    return onnxruntime.OnnxRuntime(name, device or 0, threads)
+
+
+def _usable() -> list[str]:
+    return [name for name, reason in available_backends().items() if reason is None]
+
+
+def _instead(name: str) -> str:
+    """What to do where a backend of engines cannot be used."""
+    other = [candidate for candidate in _usable() if candidate != name]
+    plain = other[-1] if other else None
+    return f"Use --backend {plain}, which works here" if plain else "See `hywu doctor`"

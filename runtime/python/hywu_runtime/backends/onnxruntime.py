@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,8 +165,30 @@ def _words(value: Any) -> str:
     return f"{dtype} [{', '.join(map(str, value.shape))}]"
 
 
+class _Sequence:
+    """Bindings, one after another."""
+
+    def __init__(self, bindings: Sequence[OrtBinding]):
+        self._bindings = tuple(bindings)
+
+    def run(self) -> None:
+        for binding in self._bindings:
+            binding.run()
+
+
+@dataclass(frozen=True)
+class _Mark:
+    seconds: float
+
+    def since(self, earlier: _Mark) -> float:
+        return self.seconds - earlier.seconds
+
+
 class OnnxRuntime:
-    """The backends ``ort-cpu`` and ``ort-cuda``."""
+    """The backends ``ort-cpu`` and ``ort-cuda``. What is asked for is done when the call returns."""
+
+    target = None
+    copies_states = False
 
     def __init__(self, name: str, device: int, threads: int | None):
         self.name = name
@@ -174,6 +198,20 @@ class OnnxRuntime:
     def allocate(self, shape: Sequence[int], dtype: str) -> OrtTensor:
         """See :class:`hywu_runtime.backends.Backend`. Raises DeviceError where there is no memory."""
         return OrtTensor(shape, dtype, self._cuda)
+
+    def sequence(
+        self, bindings: Sequence[OrtBinding], copies: Sequence[tuple[OrtTensor, OrtTensor]]
+    ) -> _Sequence:
+        """See :class:`hywu_runtime.backends.Backend`; without states to copy there are no copies."""
+        assert not copies
+        return _Sequence(bindings)
+
+    def enter(self) -> None: ...
+
+    def mark(self) -> _Mark:
+        return _Mark(time.perf_counter())
+
+    def wait(self) -> None: ...
 
     def load(self, file: Path, weights: Mapping[str, Weight]) -> OrtSession:
         """See :class:`hywu_runtime.backends.Backend`.
