@@ -112,16 +112,39 @@ def _backends() -> Iterator[Finding]:
         "backend",
         "any",
         bool(usable),
-        f"auto takes {usable[0]}" if usable else "none can be used",
+        _auto(usable),
         needed=True,
     )
     for name, reason in backends.items():
         yield Finding("backend", name, reason is None, reason or "can be used")
 
 
+def _auto(usable: list[str]) -> str:
+    """What ``--backend auto`` takes."""
+    from hywu_runtime.backends import COMPILED
+
+    plain = [name for name in usable if name not in COMPILED]
+    engines = [name for name in usable if name in COMPILED]
+    if not plain:
+        return "none can be used"
+    also = f"{' or '.join(engines)} where a bundle has an engine for it, else " if engines else ""
+    return f"auto takes {also}{plain[0]}"
+
+
 def _gpu() -> Iterator[Finding]:
     yield Finding("gpu", "driver", *_driver())
+    yield _package("gpu", "tensorrt", "pip install 'hywu-export[tensorrt]'")
     yield _package("gpu", "tensorrt-rtx", "pip install 'hywu-export[rtx]'")
+    yield _cuda_python()
+
+
+def _cuda_python() -> Finding:
+    from hywu_runtime.backends import cuda
+
+    try:
+        return Finding("gpu", "cuda-python", True, f"CUDA runtime {cuda.version()}")
+    except (ImportError, OSError, RuntimeError):
+        return Finding("gpu", "cuda-python", False, "pip install cuda-python")
 
 
 def _driver() -> tuple[bool, str]:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 @click.option("--save-deltas", metavar="FILE", help="Also write the generated deltas.")
 @click.option("--backend", metavar="NAME", default="auto", show_default=True, help="See `hywu doctor`.")
 @click.option("--variant", metavar="NAME", help="A precision variant of the bundle.")
+@click.option("--engine", metavar="KEY", help="One of the bundle's engines.  [default: the newest that fits]")
 @click.option("--threads", type=int, metavar="N", help="CPU threads.")
 @click.option("--low-memory", is_flag=True, help="Hold one stage of the model in memory at a time.")
 @source_option
@@ -60,7 +61,8 @@ def edit(
     bundle: str, photo: str, prompt: str, out: str | None, steps: int | None, seed: int,
     delta_strength: float, guidance: float | None, image_guidance: float | None, negative_prompt: str,
     size: str | None, scheduler: str | None, deltas_file: str | None, save_deltas: str | None, backend: str,
-    variant: str | None, threads: int | None, low_memory: bool, sources: dict[str, str], as_json: bool,
+    variant: str | None, engine: str | None, threads: int | None, low_memory: bool,
+    sources: dict[str, str], as_json: bool,
 ) -> None:  # fmt: skip
     """Edit PHOTO as PROMPT says.
 
@@ -88,7 +90,13 @@ def edit(
     deltas: Deltas | None = Deltas.load(deltas_file) if deltas_file is not None else None
     with (
         Editor.load(
-            bundle, backend, threads=threads, low_memory=low_memory, sources=sources, variant=variant
+            bundle,
+            backend,
+            threads=threads,
+            low_memory=low_memory,
+            sources=sources,
+            variant=variant,
+            engine=engine,
         ) as editor,
         progress_bar() as show,
     ):

@@ -19,7 +19,15 @@ from hywu_runtime.backends import Backend, Binding, DeviceTensor, Mark, Session
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.codec import show
 from hywu_runtime.engines import build_command, covering
-from hywu_runtime.errors import CancelledError, DeltaError, DeviceError, EngineError, HywuError, InputError
+from hywu_runtime.errors import (
+    BundleError,
+    CancelledError,
+    DeltaError,
+    DeviceError,
+    EngineError,
+    HywuError,
+    InputError,
+)
 from hywu_runtime.manifest import PHASES, Manifest, Phase, State, Value, Zeros
 
 Array = npt.NDArray[Any]
@@ -384,9 +392,11 @@ class Executor:
 
     def _load_plan(self, graph: str) -> Session:
         engine = self._manifest.engines[self._engine]
+        path = engine.graphs[graph]
         try:
-            return self.backend.load(self.bundle.file(engine.graphs[graph]), {})
-        except EngineError as error:
+            self.bundle.check(path)
+            return self.backend.load(self.bundle.file(path), {})
+        except (BundleError, EngineError) as error:
             assert self.backend.target is not None
             command = build_command(
                 self.bundle.root, self._manifest, self.backend.target, engine.variant, engine.shapes

@@ -59,7 +59,9 @@ def find_gpu(device: int = 0) -> Gpu:
     cuda = runtime()
     code, count = cuda.cudaGetDeviceCount()
     if int(code) or not count:
-        found = _words(cuda, code) if int(code) else "no GPU"
+        found = _words(cuda, code) if int(code) else "the driver finds none"
+        if cuda.cudaDriverGetVersion() == (0, 0):
+            found = f"no NVIDIA driver is installed ({found})"
         raise DeviceError(
             f"No GPU can be used: {found}",
             "Expected an NVIDIA GPU with its driver",
