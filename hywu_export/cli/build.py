@@ -129,10 +129,10 @@ def _parse_axes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
 @json_option
 def build(
     bundle: Path, backend: Any, variant: str | None, capabilities: str | None, shapes: str | None,
-    batch: str | None, delta_batch: str | None, axes: dict[str, str], graphs: tuple[str, ...], optimization_level: int | None,
-    workspace: int | None, weight_streaming: bool, version_compatible: bool, hardware_compatible: Any,
-    timing_cache: Path | None, sources: dict[str, str], log: Path | None, rebuild: bool, script: Path | None,
-    plans: Path | None, as_json: bool,
+    batch: str | None, delta_batch: str | None, axes: dict[str, str], graphs: tuple[str, ...],
+    optimization_level: int | None, workspace: int | None, weight_streaming: bool,
+    version_compatible: bool, hardware_compatible: Any, timing_cache: Path | None, sources: dict[str, str],
+    log: Path | None, rebuild: bool, script: Path | None, plans: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a bundle's graphs for a GPU and add the engine to the bundle.
 

@@ -11,7 +11,7 @@ from hywu_runtime.errors import DeviceError, EngineError
 
 _RULES: tuple[tuple[str, str, str], ...] = (
     (
-        r"(bf16|bfloat16).*(not supported|turing|sm75)",
+        r"(bf16|bfloat16).*(not supported|turing|sm75)|HW-specific datatypes: b16",
         "BF16 needs compute capability 8.0 or later",
         "Leave 7.5 out, or build the variant fp16",
     ),
@@ -26,12 +26,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
         "Free some, build with smaller --shapes or --batch, or limit --workspace",
     ),
     (
-        r"cuda(Error| ?error)? ?(code )?:? ?35|driver version is insufficient|no CUDA-capable device",
-        "This step needs an NVIDIA driver and a GPU",
-        "Build with --backend tensorrt-rtx, which needs none, or on the machine with the GPU",
-    ),
-    (
-        r"strongly.?typed|must have (the )?same type|type mismatch|operand types|types? (do|does) not match",
+        r"strongly.?typed|must have (the )?same (input )?type|type mismatch|types? (do|does) not match",
         "Every operation has inputs of one type: nothing is cast that the graph does not cast",
         "Put explicit Casts where types meet, by exporting or calibrating again with this version",
     ),
@@ -69,6 +64,11 @@ _RULES: tuple[tuple[str, str, str], ...] = (
         r"could not find any implementation|No (valid )?tactic",
         "Some layer has no kernel for these types and sizes on this GPU",
         "Raise --workspace, choose other --shapes, or build another variant",
+    ),
+    (
+        r"cuda(Error| ?error)? ?(code )?:? ?35|driver version is insufficient|no CUDA-capable device",
+        "This step needs an NVIDIA driver and a GPU",
+        "Build with --backend tensorrt-rtx, which needs none, or on the machine with the GPU",
     ),
 )  # fmt: skip
 """Pattern in a message, what is expected, what to do; the first that fits."""

@@ -28,15 +28,17 @@ _DTYPES = {
     "fp8": "fp8",
     "int4": "int4",
 }
-_PRODUCTS = ("gemm", "correlation", "conv", "matrix", "matmul", "fc", "fmha", "mha", "attention", "cask")
-"""Parts of the layer kinds that multiply matrices; the others move data or compute element by element."""
+_PRODUCTS = ("gemm", "correlation", "conv", "matrix", "matmul", "fmha", "mha", "runtime_fusion", "cask")
+"""Parts of the layer kinds that multiply matrices; the others move data or compute element by element.
+
+``runtime_fusion`` is a product that TensorRT-RTX fuses with what follows: ``__myl_FcAdd``."""
 
 _LINE = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<rest>.*)$")
 _TENSOR = re.compile(
     r"\{ Name: (?P<name>.*?), (?:Location: [^,]*, )?Dimensions: \[(?P<shape>[^\]]*)\],.*?"
     r"(?:Datatype: (?P<dtype>\w+)|Format/Datatype: (?P<format>[^}]*?)) ?(?:,[^}]*)?\}"
 )
-_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|$|\x1e|\s*$)")
+_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\[\x1e\x1f]|\s*$)")  # one after another, or between separators
 _MEMORY = {
     "persistent_bytes": re.compile(r"Total Device Persistent Memory: (\d+)"),
     "scratch_bytes": re.compile(r"Max Scratch Memory: (\d+)"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from hywu_export.engines.devices import RTX_CAPABILITIES
 
 _HEADER = struct.Struct("<4s4xI4xQ4B4sI")
-_MAGIC = {b"vgrt": "tensorrt-rtx", b"ftrt": "tensorrt"}
+_MAGIC = {b"vtrt": "tensorrt-rtx", b"ftrt": "tensorrt"}
 _ANY = 1 << 6  # of the bits of compute capabilities: later ones too
 
 

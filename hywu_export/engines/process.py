@@ -18,6 +18,7 @@ from hywu_export.engines.failures import builder_error, crash_error, parser_erro
 from hywu_runtime import errors
 from hywu_runtime.errors import EngineError, HywuError
 
+_WORKER = ("-m", "hywu_export.engines.worker")
 _GRACE = 2.0  # seconds that a cancelled builder has to reach its next step
 _TICK = 0.5  # seconds between signs of life while a builder says nothing
 
@@ -60,7 +61,7 @@ def compile_graph(
     read, write = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hywu_export.engines.worker", str(write)],
+            [sys.executable, *_WORKER, str(write)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

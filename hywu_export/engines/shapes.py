@@ -74,7 +74,7 @@ def profile(manifest: Manifest, inputs: Sequence[Value], shapes: Mapping[str, Ra
 
 
 def _given(manifest: Manifest, options: ShapeOptions) -> list[tuple[str, str | None, str]]:
-    delta_axis = manifest.deltas.axis if manifest.deltas is not None else None
+    delta_axis = next((name for name, axis in manifest.axes.items() if axis.one_or is not None), None)
     found = [("--batch", BATCH, options.batch), ("--delta-batch", delta_axis, options.delta_batch)]
     found += [(f"--axis {name}", name, text) for name, text in options.axes.items()]
     return [(option, axis, text) for option, axis, text in found if text is not None]
