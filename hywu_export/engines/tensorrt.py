@@ -17,7 +17,7 @@ from hywu_runtime.errors import DeviceError
 
 BackendName: TypeAlias = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-OLDEST: dict[BackendName, tuple[int, int]] = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 2)}
+OLDEST: dict[BackendName, tuple[int, int]] = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 7)}
 _EXTRAS: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 _SEVERITIES = ("F", "E", "W", "I", "V")  # of TensorRT's ILogger, from INTERNAL_ERROR to VERBOSE
 
