@@ -112,6 +112,28 @@ def module_version(backend: BackendName) -> str:
     return version
 
 
+def parser_errors(model: bytes | Path) -> list[str]:
+    """What TensorRT-RTX's ONNX parser has against a model; an empty list if nothing.
+
+    ``model`` is a serialized model with all its weights, or an .onnx file whose external data lies beside it.
+
+    Raises:
+        DeviceError: ``tensorrt_rtx`` is not installed.
+    """
+    module_version("tensorrt-rtx")
+    trt = import_module(MODULES["tensorrt-rtx"])
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse(model) if isinstance(model, bytes) else parser.parse_from_file(str(model))
+    errors = [
+        f"{e.node_name()} ({e.node_operator()}): {e.desc()}"
+        for e in map(parser.get_error, range(parser.num_errors))
+    ]
+    return errors if parsed or errors else ["the parser failed without saying why"]
+
+
 class TensorRT:
     """One of the two, opened for this process.
 

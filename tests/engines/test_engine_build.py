@@ -335,13 +335,34 @@ def test_linked_weights_are_read_from_the_checkpoint(tmp_path: Path, pair: Any) 
     assert sum(built.report["graphs"]["generator"]["products"].values()) > 0
 
 
-@rtx
-def test_every_graph_of_a_whole_bundle(bundle: Path, tmp_path: Path) -> None:
-    """Breadth: the tiny pipeline's graphs as they are; 8.0 and later in one engine."""
-    from cli_tools import copy_tree
+def in_half_precision(bundle: Path, dtype: Any) -> None:
+    """Adds the variant ``dtype`` to a bundle, with nothing measured."""
+    from hywu_export.bundle.variants import load_graph, write_variant
+    from hywu_export.passes.half import to_half
 
-    copy = copy_tree(bundle, tmp_path / "copy", ["manifest.json"])
-    report = build(copy, BuildOptions(shapes=ShapeOptions(batch="1:1:2"))).report
+    opened = Bundle.open(bundle)
+    graphs = {name: to_half(load_graph(opened, name), dtype) for name in opened.manifest.graphs}
+    write_variant(bundle, dtype, dtype, graphs)
+
+
+@rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [None, "fp16", "bf16"])
+def test_every_graph_of_a_whole_bundle(bundle: Path, tmp_path: Path, variant: str | None) -> None:
+    """Breadth: the tiny pipeline's graphs in every precision; all capabilities that have it in one engine."""
+    from shutil import copytree
+
+    copy = copytree(bundle, tmp_path / "copy")
+    if variant is not None:
+        in_half_precision(copy, variant)
+    capabilities = (*(["7.5"] if variant == "fp16" else []), "8.0", "8.6", "8.9", "12.0")
+    options = BuildOptions(
+        compute_capabilities=capabilities, shapes=ShapeOptions(batch="1:1:2"), variant=variant
+    )
+    report = build(copy, options).report
+    assert report["compute_capabilities"] == list(capabilities)
+    for graph in report["graphs"].values():
+        assert set(graph.get("products", {})) <= {variant or "fp32"}
     assert report["graphs"].keys() == Bundle.open(copy).manifest.graphs.keys()
     for graph in ("step", "step_unguided"):
         deltas = report["graphs"][graph]["deltas"]
