@@ -8,8 +8,9 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from hywu_export.engines import tensorrt as rtx
 from hywu_export.passes import lint
-from hywu_export.tracing import Axis, TensorSpec, rtx
+from hywu_export.tracing import Axis, TensorSpec
 from hywu_runtime import Manifest
 
 BASE = ["text_encoder", "image_encoder", "prepare", "step", "step_unguided", "image_decoder"]

@@ -69,6 +69,10 @@ class BundleAddition:
         """Writes a file of the folder; ``name`` is relative to it. Raises BundleError."""
         self._staging.write(name, chunks)
 
+    def adopt(self, name: str) -> None:
+        """Takes in a file that another program wrote into `directory`. Raises BundleError."""
+        self._staging.adopt(name)
+
     def commit(self, change: Callable[[Manifest], Manifest]) -> Manifest:
         """Puts the folder in its place, and what ``change`` makes of the manifest.
 

@@ -126,6 +126,17 @@ class StagingDirectory:
                 os.fsync(file.fileno())
         self.files[name] = {"size": size, "sha256": digest.hexdigest()}
 
+    def adopt(self, name: str) -> None:
+        """Records a file that another program wrote into `directory`, as :meth:`write` records its own."""
+        self._check_name(name)
+        digest, size = hashlib.sha256(), 0
+        with writing(self.path), (self.directory / name).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+                size += len(chunk)
+            os.fsync(file.fileno())
+        self.files[name] = {"size": size, "sha256": digest.hexdigest()}
+
     def _check_name(self, name: str) -> None:
         parts = name.split("/")
         if (

@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from hywu_export.bundle import BundleWriter
 from hywu_export.bundle.sources import SafetensorsIndex
 from hywu_export.bundle.staging import writing
-from hywu_export.tracing import TensorSpec, rtx
+from hywu_export.engines import tensorrt as rtx
+from hywu_export.tracing import TensorSpec
 from hywu_export.tracing.tracer import TracedGraph
 from hywu_runtime.errors import BundleError, CheckpointError, HywuError
 

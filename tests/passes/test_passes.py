@@ -9,9 +9,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from hywu_export.bundle.stored_dtype import cast_weights
+from hywu_export.engines import tensorrt as rtx
 from hywu_export.passes import check, clean, lint
 from hywu_export.passes.linting import OPERATORS
-from hywu_export.tracing import TensorSpec, rtx
+from hywu_export.tracing import TensorSpec
 from hywu_runtime.errors import UnsupportedError
 
 AXES = ("batch", "length")

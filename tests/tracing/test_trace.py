@@ -15,8 +15,9 @@ import torch
 from tiny_models import AXES, CASES
 from torch import nn
 
+from hywu_export.engines import tensorrt as rtx
 from hywu_export.passes import lint
-from hywu_export.tracing import Axis, GraphSpec, TensorSpec, TracedGraph, fake_module, rtx, trace
+from hywu_export.tracing import Axis, GraphSpec, TensorSpec, TracedGraph, fake_module, trace
 from hywu_runtime.errors import UnsupportedError
 
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "step" else name for name in CASES]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from hywu_export.bundle import BundleWriter
 from hywu_export.bundle.sources import SafetensorsIndex
+from hywu_export.engines import tensorrt as rtx
 from hywu_export.generator import GeneratorConfig, ParameterGenerator
 from hywu_export.passes import check
-from hywu_export.tracing import Axis, GraphSpec, TensorSpec, TracedGraph, fake_module, rtx, trace
+from hywu_export.tracing import Axis, GraphSpec, TensorSpec, TracedGraph, fake_module, trace
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 AXES = {"batch": Axis(1, 8), "condition_length": Axis(2, 4096)}
