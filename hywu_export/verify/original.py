@@ -1,0 +1,160 @@
+"""The torch side: every graph's module with the weights of the checkpoints, and the diffusers pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hywu_export.verify.inputs import PROMPTS, SEED, RandomInputs, sizes_to_try
+from hywu_export.verify.measures import LEVEL, TORCH, Check, TensorCheck
+from hywu_export.verify.pictures import edit_side, edit_steps
+from hywu_runtime.bundle import Bundle
+from hywu_runtime.errors import UnsupportedError
+from hywu_runtime.manifest import Manifest
+
+if TYPE_CHECKING:
+    from hywu_export.bundle.weights import WeightSource
+    from hywu_export.families.base import Family, Plan
+    from hywu_export.families.generator import GeneratorPart
+    from hywu_export.tracing import GraphSpec
+
+PART = "torch"
+
+
+class Original:
+    """The torch side of a bundle: its plan, rebuilt from the checkpoints by what the manifest says."""
+
+    def __init__(self, manifest: Manifest, base: Path | None, generator: Path | None):
+        from hywu_export.deltas import DeltaSpec
+        from hywu_export.exporter import make_plan
+        from hywu_export.families import open_base
+        from hywu_export.families.base import Limits
+        from hywu_export.families.generator import GeneratorPart
+        from hywu_runtime.codec import encode
+
+        self.family: Family | None = None if base is None else open_base(base)
+        part: GeneratorPart | None = None if generator is None else GeneratorPart(generator)
+        spec = None if manifest.deltas is None else DeltaSpec.from_manifest(encode(manifest.deltas))
+        policy, batch = manifest.image, manifest.axes["batch"].max
+        limits = Limits(
+            batch or 1,
+            policy.max if policy is not None else None,
+            policy.default_area if policy is not None else None,
+        )
+        rows = [t.shape[0] for t in manifest.tensors.values() if t.column == "coefficients"]
+        width = rows[0] if rows and isinstance(rows[0], int) else 0
+        self.plan: Plan = make_plan(self.family, part, spec, limits, base_prompt(manifest), width)
+        self.weights: dict[str, WeightSource] = {}
+        if self.family is not None:
+            self.weights |= {name: component.tensors for name, component in self.family.components.items()}
+        if part is not None:
+            self.weights.update(part.weights)
+
+
+def base_prompt(manifest: Manifest) -> str | None:
+    """What the base is told instead of the instruction; None if it is told the instruction."""
+    return next((t.constant for t in manifest.tensors.values() if t.constant is not None), None)
+
+
+def check_graph(bundle: Bundle, graph: GraphSpec, original: Original) -> Check:
+    """One graph against the module that it was traced from, on random inputs of several sizes."""
+    import torch
+
+    from hywu_export.passes.quiet import quiet
+    from hywu_export.tracing.loading import with_weights
+    from hywu_runtime.backends.onnxruntime import OnnxRuntime
+
+    declared = bundle.manifest.graphs.get(graph.name)
+    if declared is None:
+        raise UnsupportedError(
+            f"The bundle has no graph {graph.name!r}",
+            "Expected the graphs that this version makes of these checkpoints",
+            "Export the bundle again with this version",
+        )
+    checks = {
+        tensor.name: TensorCheck(tensor.name, LEVEL if tensor.dtype == "uint8" else TORCH)
+        for tensor in graph.outputs
+    }
+    wrong = _signature_difference(graph, declared)
+    if wrong:
+        failed = (replace(check, failure="shape", detail=wrong) for check in checks.values())
+        return Check(PART, graph.name, tuple(failed))
+    file = bundle.graph_file(graph.name)
+    session = OnnxRuntime("ort-cpu", 0, None).load(bundle.file(file), bundle.initializers(file))
+    inputs = RandomInputs(bundle, graph)
+    with quiet(), with_weights(graph.module, original.weights), torch.no_grad():
+        for sizes in sizes_to_try(graph, original.plan.axes):
+            arrays = inputs.draw(sizes)
+            made = graph.module(*(torch.from_numpy(arrays[tensor.name]) for tensor in graph.inputs))
+            got = session.run(arrays)
+            for tensor, expected in zip(graph.outputs, made):
+                name = tensor.name
+                checks[name] = checks[name].seen(got[name], expected.numpy(), sizes)
+    return Check(PART, graph.name, tuple(checks.values()))
+
+
+def _signature_difference(graph: GraphSpec, declared: Any) -> str:
+    """How the manifest's inputs and outputs differ from the module's, or nothing."""
+    for side, ours, theirs in (
+        ("input", graph.inputs, declared.inputs),
+        ("output", graph.outputs, declared.outputs),
+    ):
+        expected = {t.name: (t.dtype, tuple(t.shape)) for t in ours}
+        found = {t.name: (t.dtype, tuple(t.shape)) for t in theirs}
+        for name in dict.fromkeys((*expected, *found)):
+            if expected.get(name) != found.get(name):
+                return f"{side} {name!r} is {found.get(name)}, the checkpoint's is {expected.get(name)}"
+    return ""
+
+
+def check_edit(bundle: Bundle, family: Family) -> Check:
+    """A whole edit without deltas against the pipeline's own, on the same noise."""
+    import torch
+
+    from hywu_export.families.base import ReferenceEdit
+    from hywu_export.passes.quiet import quiet
+    from hywu_runtime.backends import create_backend
+    from hywu_runtime.editor import Editor
+    from hywu_runtime.program import resolve_shape
+    from hywu_runtime.schedule import Schedule
+
+    manifest = bundle.manifest
+    policy, section = manifest.image, manifest.schedules
+    assert policy is not None
+    assert section is not None
+    rows = Schedule(bundle.file(section.file), section)
+    steps = edit_steps(bundle)
+    evaluations = len(rows.rows(section.default, steps))
+    side = edit_side(policy)
+    random = np.random.default_rng(SEED)
+    photo = (
+        random.integers(0, 256, (-(-side // 4), -(-side // 4), 3), np.uint8)
+        .repeat(4, 0)
+        .repeat(4, 1)[:side, :side]
+    )
+    axes = {"batch": 1}
+    for name, axis in manifest.axes.items():
+        axes[name] = side // (axis.divide or 1) if axis.of is not None else axes.get(name, side)
+    (drawn,) = (name for name, tensor in manifest.tensors.items() if tensor.draw == "initial")
+    shape = resolve_shape(manifest, drawn, axes)
+    latents = random.standard_normal(shape).astype(np.float32)
+    draws = torch.Generator().manual_seed(SEED)
+    noise = np.stack([torch.randn(shape, generator=draws).numpy() for _ in range(evaluations)])
+    guidance = {scale.name: scale.default for scale in manifest.guidance}
+    replaced = base_prompt(manifest)
+    prompt = PROMPTS[0] if replaced is None else replaced
+    with quiet():
+        expected = family.reference_edit(
+            ReferenceEdit(photo, prompt, section.default, steps, latents, SEED, guidance)
+        )
+    with Editor(bundle, create_backend("ort-cpu")) as editor:
+        got = editor.edit(
+            photo, PROMPTS[0], steps=steps, guidance=guidance, delta_strength=0, latents=latents, noise=noise,
+            size=(side, side), output="array",
+        )  # fmt: skip
+    assert isinstance(got, np.ndarray)  # as `output` asks
+    check = TensorCheck("picture", LEVEL).seen(got, expected, {"height": side, "width": side})
+    return Check(PART, f"edit without deltas, {section.default}, {steps} steps", (check,))
