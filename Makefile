@@ -29,7 +29,7 @@ $(VENV)/.export: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.export
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx]' || test -z "$${CI:-}"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[rtx,cuda]' || test -z "$${CI:-}"
 	touch $@
 
 demo: $(VENV)/.export

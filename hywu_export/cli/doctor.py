@@ -144,7 +144,7 @@ def _cuda_python() -> Finding:
     try:
         return Finding("gpu", "cuda-python", True, f"CUDA runtime {cuda.version()}")
     except (ImportError, OSError, RuntimeError):
-        return Finding("gpu", "cuda-python", False, "pip install cuda-python")
+        return Finding("gpu", "cuda-python", False, "pip install 'hywu-export[cuda]'")
 
 
 def _driver() -> tuple[bool, str]:

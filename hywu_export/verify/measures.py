@@ -140,7 +140,7 @@ LEVEL = Tolerance("levels", 1)
 """uint8 of two FP32 computations: what lies on the border may round either way."""
 
 SQNR_FLOORS: Mapping[Precision, float] = {"fp16": 35, "bf16": 18, "int8-weights": 20, "int8": 10}
-"""dB that every output of a graph must reach, from the noise of one rounding and what a deep graph adds to it.
+"""dB that every output of a graph must reach, from the noise of a rounding and what a deep graph adds to it.
 
 A significand of n bits gives about 6 n dB to each result: 66 in FP16, 48 in BF16; 8 bits per channel give
 a weight about 40 dB, and per tensor an activation about 30. Some hundred of them in a row cost another 20 dB,

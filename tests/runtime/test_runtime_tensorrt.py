@@ -306,7 +306,9 @@ def test_without_a_gpu_or_a_library(machine: Machine, toy: Path) -> None:
     assert "no NVIDIA driver is installed" in message(lambda: create_backend("tensorrt"), DeviceError)
     assert "no NVIDIA driver is installed" in str(available_backends()["tensorrt-rtx"])
     machine.without("tensorrt")
-    assert "pip install 'hywu-export[tensorrt]'" in message(lambda: create_backend("tensorrt"), DeviceError)
+    assert "pip install 'hywu-export[tensorrt,cuda]'" in message(
+        lambda: create_backend("tensorrt"), DeviceError
+    )
     machine.without("cuda.bindings.runtime")
     machine.without("cuda.cudart")
     assert "cuda-python cannot be imported" in message(lambda: create_backend("tensorrt-rtx"), DeviceError)

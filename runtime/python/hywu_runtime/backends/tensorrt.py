@@ -48,7 +48,7 @@ _LIBRARIES = {
 def missing(name: str, device: int = 0) -> str | None:
     """Why ``tensorrt`` or ``tensorrt-rtx`` cannot be used, or None. Says what was found."""
     library = _LIBRARIES[name]
-    install = f"pip install 'hywu-export[{library.extra}]'"
+    install = f"pip install 'hywu-export[{library.extra},cuda]'"
     try:
         found = f"{library.label} {importlib.import_module(library.module).__version__}"
     except (ImportError, OSError, RuntimeError) as error:  # the last two where libraries are missing
