@@ -89,6 +89,7 @@ def _plain(report: Report) -> dict[str, Any]:
             }
             for check in report.checks
         ],
+        "notes": list(report.notes),
         "not_run": [{"part": part.part, "reason": part.reason} for part in report.not_run],
     }
 
@@ -115,6 +116,7 @@ def _text(report: Report) -> str:
         ]
         lines += ["picture; ratios in dB.", ""]
     lines += [f"not run: {part.part}: {part.reason}" for part in report.not_run]
+    lines += [f"note: {note}" for note in report.notes]
     failed = sum(check.failure is not None for check in report.checks)
     count = len(rows)
     if failed:

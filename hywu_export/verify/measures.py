@@ -231,10 +231,11 @@ class NotRun:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found."""
+    """What `verify` found. ``notes``: what limits what the numbers say."""
 
     checks: tuple[Check, ...]
     not_run: tuple[NotRun, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def failure(self) -> Failure | None:

@@ -639,8 +639,39 @@ def test_real_cuda_python() -> None:
     for name in dir(Cuda):
         if name.startswith("cuda"):
             assert hasattr(cuda, name), name
-    if not _has_driver():
-        assert "CUDA error" in message(lambda: create_backend("tensorrt-rtx"), DeviceError)
+    if _has_driver():
+        return
+    event, graph, executable = cuda.cudaEvent_t(0), cuda.cudaGraph_t(0), cuda.cudaGraphExec_t(0)
+    kinds, modes, attributes = cuda.cudaMemcpyKind, cuda.cudaStreamCaptureMode, cuda.cudaDeviceAttr
+    stream = 7000  # as an integer, which is how handles are passed
+    for call in (
+        lambda: cuda.cudaMemcpyAsync(256, 512, 4, kinds.cudaMemcpyHostToDevice, stream),
+        lambda: cuda.cudaMemcpyAsync(256, 512, 4, kinds.cudaMemcpyDeviceToHost, stream),
+        lambda: cuda.cudaMemcpyAsync(256, 512, 4, kinds.cudaMemcpyDeviceToDevice, stream),
+        lambda: cuda.cudaMemsetAsync(256, 0, 4, stream),
+        lambda: cuda.cudaStreamSynchronize(stream),
+        lambda: cuda.cudaStreamBeginCapture(stream, modes.cudaStreamCaptureModeThreadLocal),
+        lambda: cuda.cudaStreamEndCapture(stream),
+        lambda: cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking),
+        lambda: cuda.cudaGraphInstantiate(graph, 0),
+        lambda: cuda.cudaGraphLaunch(executable, stream),
+        lambda: cuda.cudaGraphDestroy(graph),
+        lambda: cuda.cudaGraphExecDestroy(executable),
+        lambda: cuda.cudaEventCreate(),
+        lambda: cuda.cudaEventRecord(event, stream),
+        lambda: cuda.cudaEventElapsedTime(event, event),
+        lambda: cuda.cudaMalloc(1),
+        lambda: cuda.cudaMallocHost(1),
+        lambda: cuda.cudaFree(256),
+        lambda: cuda.cudaFreeHost(4096),
+        lambda: cuda.cudaSetDevice(0),
+        lambda: cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, 0),
+        lambda: cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, 0),
+        lambda: cuda.cudaGetDeviceProperties(0),
+    ):
+        code, *_ = call()  # no TypeError: it takes our arguments
+        assert int(code) == 35
+    assert "CUDA error" in message(lambda: create_backend("tensorrt-rtx"), DeviceError)
 
 
 def _has_driver() -> bool:

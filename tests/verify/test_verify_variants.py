@@ -72,6 +72,7 @@ def test_a_good_variant(toy: Path) -> None:
     same = by_name(report, "variant same")
     assert same["step_plain"]["tensors"][0]["largest"] == 0
     assert [part["part"] for part in report["not_run"]] == ["torch"]
+    assert "roundings between FP16 nodes" in report["notes"][0]
     text = run("verify", toy, "--variant", "near").stdout
     assert "variant same" not in text
     assert "SQNR of at least 35 dB" in text
