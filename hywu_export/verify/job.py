@@ -20,7 +20,7 @@ from hywu_runtime.manifest import Manifest
 if TYPE_CHECKING:
     from hywu_export.verify.original import Original
 
-FP16_NOTE = "ONNX Runtime's CPU leaves out roundings between FP16 nodes: on a GPU, FP16 differs by more than is seen here"
+FP16_NOTE = "ONNX Runtime's CPU leaves out roundings between FP16 nodes: on a GPU, FP16 differs by more"
 Progress = Callable[[str, int, int], None]
 
 

@@ -38,8 +38,8 @@ def test_generator_alone(pair: Any, tmp_path: Path) -> None:
     assert made.batch == 2
     checked = answer("verify", out, "--generator", pair.generator)
     assert checked["ok"]
-    assert checked["edit"] is None
-    assert len(checked["outputs"]) == report["generated"]
+    (check,) = checked["checks"]  # and no edit
+    assert len(check["tensors"]) == report["generated"]
     text = run("export", "--generator", pair.generator, "--out", out, "--overwrite").stdout
     assert "generated" in text
     assert Manifest.read(out).axes["batch"].max == 8
