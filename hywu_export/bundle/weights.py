@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,14 +62,14 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a weights file. Its bytes are ``data``, or are read from ``location`` and converted to
-    ``dtype``."""
+    """A tensor of a weights file. Its bytes are ``data``, or what that gives when they are written, or are
+    read from ``location`` and converted to ``dtype``."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     location: TensorLocation | None = None
-    data: bytes | None = None
+    data: bytes | Callable[[], bytes] | None = None
 
     @property
     def size(self) -> int:
@@ -112,7 +112,7 @@ class WeightsFile:
         yield self.header
         for tensor in self.tensors:
             if tensor.data is not None:
-                yield tensor.data
+                yield tensor.data() if callable(tensor.data) else tensor.data
             elif tensor.location is not None:
                 yield from read_tensor(tensor.name, tensor.location, tensor.dtype)
 
