@@ -37,6 +37,7 @@ WIDE_OPERATORS = frozenset(
         "ReduceMax", "ReduceMean", "ReduceSum", "Sin", "Softmax", "Sqrt",
     ]
 )  # fmt: skip
+QUANTIZERS = frozenset(["DequantizeLinear", "QuantizeLinear"])
 MOVEMENTS = frozenset(
     [
         "Concat", "Expand", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
@@ -45,6 +46,7 @@ MOVEMENTS = frozenset(
 )  # fmt: skip
 """Operators that move numbers without computing."""
 
+_SUFFIXES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 _TABLE_BYTES = 64 * 2**10
 _FIXED_INPUTS = {"Resize": (0,)}
 """Operators whose other floating-point inputs have a type of their own."""
@@ -91,6 +93,63 @@ def to_half(model: ir.Model, dtype: Half, wide: Collection[str] = ()) -> ir.Mode
     return model
 
 
+def emulate(model: ir.Model) -> ir.Model:
+    """What a model of :func:`to_half` computes, in FP32 with a rounding after every narrow node; a new model.
+
+    ONNX Runtime's CPU has no BF16 products, and for FP16 it leaves the roundings between nodes out: what a GPU
+    gives is seen by rounding each result, as products are summed up in FP32 there too.
+    """
+    copy = model.clone()
+    graph = copy.graph
+    types = _types(graph)
+    narrow = set(DTYPES.values())
+    for value in list(graph.initializers.values()):
+        if types[value] in narrow and value.const_value is not None:
+            wide = _stored(graph, value, ir.DataType.FLOAT, "emulated")
+            value.replace_all_uses_with(wide)
+    for node in list(graph):
+        if node.op_type == "Cast" and types.get(node.outputs[0]) == ir.DataType.FLOAT:
+            if node.inputs[0] is not None and types.get(node.inputs[0]) in narrow:
+                _replace_by_identity(graph, node)
+            continue
+        for output in node.outputs:
+            to = types.get(output)
+            if to not in narrow or to is None:
+                continue
+            output.type = ir.TensorType(to if node.op_type == "Cast" else ir.DataType.FLOAT)
+            if node.op_type not in MOVEMENTS:
+                _round_after(graph, node, output, to)
+    _remove_unused(copy)
+    return copy
+
+
+def _round_after(graph: ir.Graph, node: ir.Node, value: ir.Value, to: ir.DataType) -> None:
+    """Lets what reads ``value`` read it rounded to ``to``, as FP32."""
+    uses = list(value.uses())
+    rounded = value
+    made = []
+    for dtype, suffix in ((to, "rounded"), (ir.DataType.FLOAT, "widened")):
+        if node.op_type == "Cast" and dtype == to:
+            continue
+        cast = ir.node("Cast", [rounded], {"to": dtype}, name=f"{value.name}/{suffix}")
+        rounded = cast.outputs[0]
+        rounded.name, rounded.shape, rounded.type = cast.name, value.shape, ir.TensorType(dtype)
+        made.append(cast)
+    graph.insert_after(node, made)
+    for use in uses:
+        use.node.replace_input_with(use.idx, rounded)
+
+
+def _replace_by_identity(graph: ir.Graph, node: ir.Node) -> None:
+    output = node.outputs[0]
+    identity = ir.node("Identity", node.inputs, name=node.name)
+    identity.outputs[0].name, identity.outputs[0].shape = output.name, output.shape
+    identity.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_after(node, identity)
+    ir.convenience.replace_all_uses_with(output, identity.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
 def structure(model: ir.Model, dtype: Half) -> dict[str, str]:
     """The nodes that stay in FP32 whatever the numbers are: name to reason."""
     graph = model.graph
@@ -100,6 +159,8 @@ def structure(model: ir.Model, dtype: Half) -> dict[str, str]:
     for node in graph:
         if not _floating(node, types):
             continue
+        if node.op_type in QUANTIZERS:
+            continue  # as their product does: nothing stands between
         if node.op_type in WIDE_OPERATORS:
             reasons[node] = f"{node.op_type} needs range and digits"
         elif node in after or (node in before and node.op_type not in MOVEMENTS):
@@ -220,7 +281,7 @@ def _unheld_constant(node: ir.Node) -> str | None:
 
 def _cast(graph: ir.Graph, value: ir.Value, to: ir.DataType) -> ir.Value:
     """``value`` as ``to``: the same weight stored narrow, what a Cast was made from, or a Cast after it."""
-    suffix = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}[to]
+    suffix = _SUFFIXES[to]
     if value.is_initializer() and value.const_value is not None and not hasattr(value.const_value, "link"):
         return _stored(graph, value, to, suffix)
     maker = value.producer()
@@ -269,12 +330,16 @@ def _cast_output(graph: ir.Graph, index: int, declared: ir.DataType) -> None:
 
 def _clean(model: ir.Model) -> None:
     """Drops weights that only their narrow copies stand for, which take the names; and casts without use."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    RemoveUnusedNodesPass()(model)
+    _remove_unused(model)
     initializers = model.graph.initializers
     for name in list(initializers):
         original, slash, suffix = name.rpartition("/")
         if slash and suffix in ("fp16", "bf16") and original not in initializers:
             value = initializers[name]
             value.name = original
+
+
+def _remove_unused(model: ir.Model) -> None:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
