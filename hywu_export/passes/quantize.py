@@ -6,15 +6,15 @@ The form is the one that TensorRT 10.3 to 11, TensorRT-RTX and ONNX Runtime all 
       └▶ (Mul 1/s) ─▶ Q ─▶ DQ ─▶ MatMul ─▶ …
                 INT8 weight ─▶ DQ ─┘
 
-signed INT8, zero point 0, one scale for an activation, one for each output channel of a weight. Weights are stored as
-INT8 in the layout that the product reads: nothing stands between a DequantizeLinear and the product. Layers
-that share an activation share its Q; each has a DQ of its own, because ONNX Runtime fuses a product only with
-a DQ that nothing else reads. Biases stay in floating point.
+signed INT8, zero point 0, one scale for an activation, one for each output channel of a weight. Weights
+are stored as INT8 in the layout that the product reads: nothing stands between a DequantizeLinear and the
+product. Layers that share an activation share its Q; each has a DQ of its own, because ONNX Runtime fuses
+a product only with a DQ that nothing else reads. Biases stay in floating point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,8 @@ from hywu_export.passes.layers import Layer, find_layers
 
 LEVELS = 127
 LEAST_SCALE = 2.0**-14
-"""The smallest FP16 number with all its digits: scales are FP16, and a smaller one would be lost on the way. A tensor
-that stays below 127 times this, 0.0078, loses resolution; its SQNR shows it."""
+"""The smallest FP16 number with all its digits: scales are FP16, and a smaller one would be lost on the
+way. A tensor that stays below 127 times this, 0.0078, loses resolution; its SQNR shows it."""
 LEAST_CHANNEL_SCALE = 2.0**-20
 """As ``LEAST_SCALE``, for some of a weight's channels: subnormal, but exact, and far from zero."""
 
@@ -38,8 +38,8 @@ class Quantized:
 
     Attributes:
         scale: of the activation (after smoothing); a number that FP16 holds exactly.
-        smoothing: float32 ``[K]``, what the activation's channels are divided by, and the weight's multiplied;
-            None for none. Layers with the same activation have the same, or none of them has one.
+        smoothing: float32 ``[K]``, what the activation's channels are divided by, and the weight's
+            multiplied; None for none. Layers with the same activation have the same, or none of them has one.
     """
 
     scale: float
@@ -86,8 +86,8 @@ def quantize(model: ir.Model, layers: Mapping[str, Quantized], unsigned: bool = 
 
     Args:
         layers: how each is quantized, by name.
-        unsigned: activations are UINT8 with zero point 128 instead of INT8 with 0: the same numbers, and the only ones
-            that ONNX Runtime has fast kernels for on x86.
+        unsigned: activations are UINT8 with zero point 128 instead of INT8 with 0: the same numbers, and
+            the only ones that ONNX Runtime has fast kernels for on x86.
     Raises:
         KeyError: a layer is not in the model.
     """
@@ -105,15 +105,38 @@ def quantize_layers(
     shared: dict[tuple[ir.Value, float, bool], ir.Value] = {}
     for layer, quantized in layers:
         key = (layer.data, quantized.scale, quantized.smoothing is not None)
-        zero = zero or _initializer(graph, "quantize/zero", np.array(128, np.uint8) if unsigned else np.array(0, np.int8))
+        zero = zero or _initializer(
+            graph, "quantize/zero", np.array(128, np.uint8) if unsigned else np.array(0, np.int8)
+        )
         if key not in shared:
             shared[key] = _quantizer(graph, layer, quantized, zero)
         data = _dequantizer(graph, layer, shared[key])
-        weight = _weight(graph, layer, quantized)
+        weight = _weight(graph, layer, quantized.smoothing)
         if layer.op == "Gemm":
             _to_matmul(graph, layer, data, weight)
         else:
             layer.node.replace_input_with(0, data)
+            layer.node.replace_input_with(1, weight)
+    _remove_unused(model)
+
+
+def quantize_weights(model: ir.Model, names: Collection[str]) -> ir.Model:
+    """Stores the weights of the named layers as INT8 with a DQ right before the product, in place.
+
+    The products compute in floating point: less to store and to read, and nothing about activations to know.
+    """
+    quantize_layer_weights(model, [layer for layer in find_layers(model) if layer.name in names])
+    return model
+
+
+def quantize_layer_weights(model: ir.Model, layers: Sequence[Layer]) -> None:
+    """As `quantize_weights`, for layers in the order of the graph."""
+    graph = model.graph
+    for layer in layers:
+        weight = _weight(graph, layer, None)
+        if layer.op == "Gemm":
+            _to_matmul(graph, layer, layer.data, weight)
+        else:
             layer.node.replace_input_with(1, weight)
     _remove_unused(model)
 
@@ -128,7 +151,9 @@ def _quantizer(graph: ir.Graph, layer: Layer, quantized: Quantized, zero: ir.Val
         if layer.op == "Conv":
             factors = factors.reshape(-1, *[1] * (len(layer.weight.shape or ()) - 2))
         multiplied = ir.node(
-            "Mul", [data, _initializer(graph, f"quantize/{data.name}.factors", factors)], name=f"{data.name}/smooth"
+            "Mul",
+            [data, _initializer(graph, f"quantize/{data.name}.factors", factors)],
+            name=f"{data.name}/smooth",
         )
         multiplied.outputs[0].name = f"{data.name}/smooth"
         nodes.append(multiplied)
@@ -143,23 +168,25 @@ def _quantizer(graph: ir.Graph, layer: Layer, quantized: Quantized, zero: ir.Val
 def _dequantizer(graph: ir.Graph, layer: Layer, integers: ir.Value) -> ir.Value:
     quantizer = integers.producer()
     assert quantizer is not None
-    node = ir.node("DequantizeLinear", [integers, *quantizer.inputs[1:]], name=f"{layer.name}/DequantizeLinear")
+    node = ir.node(
+        "DequantizeLinear", [integers, *quantizer.inputs[1:]], name=f"{layer.name}/DequantizeLinear"
+    )
     node.outputs[0].name = node.name
     graph.insert_before(layer.node, node)
     return node.outputs[0]
 
 
-def _weight(graph: ir.Graph, layer: Layer, quantized: Quantized) -> ir.Value:
+def _weight(graph: ir.Graph, layer: Layer, smoothing: npt.NDArray[np.float32] | None) -> ir.Value:
     """The INT8 weight through DQ, in the layout that a MatMul or Conv reads."""
     stored = layer.weight.const_value
     assert stored is not None
     turn = layer.op != "Conv" and layer.transposed
     axis = 0 if layer.op == "Conv" else 1
     base = f"{layer.name}.weight"
-    scales = quantize_weight(stored.numpy(), layer.output_axis, quantized.smoothing)[1]
+    scales = quantize_weight(stored.numpy(), layer.output_axis, smoothing)[1]
 
     def integers() -> ir.Tensor:
-        values = quantize_weight(stored.numpy(), layer.output_axis, quantized.smoothing)[0]
+        values = quantize_weight(stored.numpy(), layer.output_axis, smoothing)[0]
         return ir.Tensor(np.ascontiguousarray(values.T if turn else values), name=f"{base}.int8")
 
     shape = ir.Shape(tuple(stored.shape)[::-1] if turn else tuple(stored.shape))
@@ -196,7 +223,9 @@ def _to_matmul(graph: ir.Graph, layer: Layer, data: ir.Value, weight: ir.Value) 
 def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    )
     value.const_value = ir.Tensor(array, name=name)
     graph.register_initializer(value)
     return value

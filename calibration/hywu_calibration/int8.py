@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from hywu_calibration.methods import Method, threshold
 from hywu_calibration.observe import Observed, Tap
+from hywu_calibration.report import Wide
 from hywu_calibration.smoothing import factors, input_channel_maxima
 from hywu_export.passes.layers import Layer
 from hywu_export.passes.quantize import Quantized, half_scale
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 Layers = Mapping[str, Sequence[Layer]]  # by graph
 Plan = dict[str, dict[str, Quantized]]  # by graph and layer
-
-
-@dataclass(frozen=True)
-class Wide:
-    """A layer that is not quantized, and why."""
-
-    graph: str
-    name: str
-    op: str
-    reason: str
 
 
 @dataclass
@@ -94,7 +85,12 @@ def constant_layers(layers: Layers, observed: Mapping[str, Mapping[str, Observed
             one = observed[graph].get(layer.data.name or "")
             if one is not None and one.constant:
                 found.append(
-                    Wide(graph, layer.name, layer.op, f"its activation was {one.low:g} throughout the calibration")
+                    Wide(
+                        graph,
+                        layer.name,
+                        layer.op,
+                        f"its activation was {one.low:g} throughout the calibration",
+                    )
                 )
                 _log.warning(
                     "Layer %s of graph %s is not quantized: its activation was %g throughout the calibration",
@@ -108,8 +104,8 @@ def smoothing_factors(
 ) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
     """Smoothing factors by graph and activation.
 
-    Layers that read one activation share its factors. A layer that is in several graphs gets the same factors in all,
-    from the largest values of all, so that its weight is stored once.
+    Layers that read one activation share its factors. A layer that is in several graphs gets the same
+    factors in all, from the largest values of all, so that its weight is stored once.
     """
     channels: dict[str, npt.NDArray[np.float32]] = {}  # by layer, over all graphs
     for graph, some in layers.items():
@@ -190,9 +186,11 @@ def ranking(sqnr: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float]]:
 
 
 def fewest_wide(budget: int, good: Callable[[int], bool]) -> tuple[int, bool]:
-    """The smallest number of wide layers, of the worst ones, that is good; and whether any within the budget is.
+    """The smallest number of wide layers, of the worst ones, that is good; and whether any within the
+    budget is.
 
-    More wide layers are taken to be no worse, so it is found by bisection; the whole budget is tried last but never twice.
+    More wide layers are taken to be no worse, so it is found by bisection; the whole budget is tried last
+    but never twice.
     """
     if good(0):
         return 0, True

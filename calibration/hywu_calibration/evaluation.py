@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +78,11 @@ class Evaluation:
         return pictures
 
     def psnr(
-        self, models: Mapping[str, ir.Model], references: Sequence[Pixels], strength: float, progress: Progress | None = None
+        self,
+        models: Mapping[str, ir.Model],
+        references: Sequence[Pixels],
+        strength: float,
+        progress: Progress | None = None,
     ) -> tuple[tuple[float, ...], list[Pixels]]:
         """PSNR in dB of the edits by ``models``, by graph, and the pictures."""
         pictures = self.edit(ModelBackend(self.bundle, models), strength, progress)

@@ -94,7 +94,9 @@ class CalibrationData:
         spec = self._bundle.manifest.deltas
         sets = [Deltas.load(file) for file in self._options.deltas]
         if sets and spec is None:
-            raise DeltaError("This bundle takes no deltas", "It was exported without targets", "Leave --deltas out")
+            raise DeltaError(
+                "This bundle takes no deltas", "It was exported without targets", "Leave --deltas out"
+            )
         for one in sets:
             assert spec is not None
             one.pad(spec).check(spec, 1)
@@ -147,9 +149,12 @@ class CalibrationData:
         content = {
             "state": _STATE,
             "files": own,
-            "sources": {n: {p: f.header_sha256 for p, f in s.files.items()} for n, s in manifest.sources.items()},
+            "sources": {
+                n: {p: f.header_sha256 for p, f in s.files.items()} for n, s in manifest.sources.items()
+            },
             "samples": [
-                (digests[s.photo], s.prompt, s.seed, s.size, s.steps, s.guidance, s.evaluations) for s in self.samples
+                (digests[s.photo], s.prompt, s.seed, s.size, s.steps, s.guidance, s.evaluations)
+                for s in self.samples
             ],
             "strength": self.strength,
             "deltas": [hashlib.sha256(file.read_bytes()).hexdigest() for file in self._options.deltas],

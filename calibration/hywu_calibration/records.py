@@ -1,7 +1,8 @@
 """The inputs of graphs during real edits, recorded on disk.
 
-An edit runs through the editor as any other; its backend keeps the inputs of every graph, at the evaluations that the sample
-looks at. What is done with them later, graph by graph, holds one graph and one record in memory.
+An edit runs through the editor as any other; its backend keeps the inputs of every graph, at the
+evaluations that the sample looks at. What is done with them later, graph by graph, holds one graph and one
+record in memory.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class _RecordingBinding:
 class Recordings:
     """One file for each sample in a folder: the records of its edit, and the edited picture.
 
-    A sample whose file is there is not run again, so a job that was killed goes on where it was. Arrays that are
-    equal within a sample (deltas, from step to step) are stored once.
+    A sample whose file is there is not run again, so a job that was killed goes on where it was. Arrays
+    that are equal within a sample (deltas, from step to step) are stored once.
     """
 
     def __init__(self, folder: Path, samples: Sequence[Sample]):

@@ -33,8 +33,8 @@ class CalibrationOptions:
         steps: of the edits; None is the bundle's default.
         strength: of the deltas while ranges are observed. The quality is measured at 1 and 0 in any case.
         deltas: delta files to use in turn, for a bundle without a generator.
-        form: what INT8 is for: ``tensorrt`` (FP16 around it, convolutions too) or ``ort-cpu`` (FP32 around it, unsigned
-            activations, no convolutions).
+        form: what INT8 is for: ``tensorrt`` (FP16 around it, convolutions too) or ``ort-cpu`` (FP32 around
+            it, unsigned activations, no convolutions).
         sources: checkpoint directories of linked weights.
         cache: where recordings are kept for another run; None is beside the bundle, until the end.
     """

@@ -1,8 +1,8 @@
 """What a variant is calibrated with: photographs, instructions, and which evaluations of which edits.
 
-A sample is one edit: a photograph, an instruction, a seed, a size, a number of steps, with or without guidance, and
-the evaluations of its trajectory that are looked at. The list of samples depends on its arguments and the
-seed alone.
+A sample is one edit: a photograph, an instruction, a seed, a size, a number of steps, with or without
+guidance, and the evaluations of its trajectory that are looked at. The list of samples depends on its
+arguments and the seed alone.
 """
 
 from __future__ import annotations

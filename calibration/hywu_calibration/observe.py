@@ -1,7 +1,9 @@
-"""What the values of a graph are during real edits: extremes of all of them, histograms of the ones to quantize.
+"""What the values of a graph are during real edits: extremes of all of them, histograms of the ones to
+quantize.
 
-Extremes are reduced inside the graph. For histograms, tensors leave it as extra outputs, so many at a time as fit
-into ``CHUNK_BYTES``; a histogram has a fixed size. So memory grows neither with the samples nor with the layers.
+Extremes are reduced inside the graph. For histograms, tensors leave it as extra outputs, so many at a time
+as fit into ``CHUNK_BYTES``; a histogram has a fixed size. So memory grows neither with the samples nor
+with the layers.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def extremes(
     sizes_of: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """The largest absolute value of every floating-point value of a graph, infinite where one was NaN or infinite.
+    """The largest absolute value of every floating-point value of a graph, infinite where one was NaN or
+    infinite.
 
     Args:
         model: in FP32.
