@@ -10,9 +10,8 @@ from html import escape
 
 import numpy as np
 import numpy.typing as npt
-
 from hywu_calibration.plots import Dot, bars, layers, strip
-from hywu_calibration.report import Edit, Quality, Report, Wide
+from hywu_calibration.report import Edit, Quality, Report, Wide, bounded_db
 
 Pixels = npt.NDArray[np.uint8]
 SHOWN_EDITS = 6
@@ -66,7 +65,9 @@ def _head(report: Report) -> str:
     size = report.size
     if size.fp32_bytes:
         ratio = f"{size.variant_bytes / size.fp32_bytes:.2f}<small> ×</small>"
-        tiles.append(_tile("Size", ratio, f"{_mebibytes(size.variant_bytes)}, FP32 {_mebibytes(size.fp32_bytes)}"))
+        tiles.append(
+            _tile("Size", ratio, f"{_mebibytes(size.variant_bytes)}, FP32 {_mebibytes(size.fp32_bytes)}")
+        )
     return (
         f"<header><h1>Variant {escape(report.variant)}</h1><p>{_summary(report)}</p></header>\n"
         f'<div class="tiles">{"".join(tiles)}</div>{_verdict(report)}'
@@ -149,7 +150,9 @@ def _grid(pictures: Sequence[Pictures]) -> str:
         f'<p class="scale">0 <i style="background:linear-gradient(90deg, {stops})"></i> '
         f"{levels} {plural} of 255, and more</p>"
     )
-    which = "The edit that differs most, first" if len(pictures) > len(shown) else "All edits, the worst first"
+    which = (
+        "The edit that differs most, first" if len(pictures) > len(shown) else "All edits, the worst first"
+    )
     text = f"{which}. The difference is the largest of the three channels, amplified {255 / levels:.0f} ×."
     return _section("Pictures", text, scale + f'<div class="grid">{"".join(cells)}</div>')
 
@@ -190,14 +193,15 @@ def _png(pixels: Pixels, palette: bool = False) -> str:
 
 
 def _layers(report: Report) -> str:
-    measured = [layer for layer in report.layers if layer.sqnr_db is not None]
+    measured = [layer for layer in report.layers if bounded_db(layer.sqnr_db) is not None]
     if not measured:
         return ""
     narrow = {"int8": "int8", "int8-weights": "int8-weights"}.get(report.precision, report.precision)
     panels: dict[str, list[Dot]] = {}
     for layer in measured:
         text = f"{layer.name} ({layer.op}, {_NAMES[layer.precision]}): {layer.sqnr_db:.1f} dB"
-        panels.setdefault(layer.graph, []).append(Dot(layer.sqnr_db or 0.0, text, layer.precision != narrow))
+        value = bounded_db(layer.sqnr_db) or 0.0
+        panels.setdefault(layer.graph, []).append(Dot(value, text, layer.precision != narrow))
     ordered = dict(sorted(panels.items(), key=lambda item: -len(item[1])))
     worst = sorted(measured, key=lambda layer: (layer.sqnr_db, layer.graph, layer.name))[:SHOWN_LAYERS]
     rows = "".join(
@@ -205,7 +209,9 @@ def _layers(report: Report) -> str:
         f'<td>{_NAMES[x.precision]}</td><td class="number">{x.sqnr_db:.1f}</td></tr>'
         for x in worst
     )
-    head = "<tr><th>layer</th><th>graph</th><th>op</th><th>precision</th><th class='number'>SQNR, dB</th></tr>"
+    head = (
+        "<tr><th>layer</th><th>graph</th><th>op</th><th>precision</th><th class='number'>SQNR, dB</th></tr>"
+    )
     missing = len(report.layers) - len(measured)
     note = f" {missing} layers were not measured." if missing else ""
     legend = (
@@ -215,7 +221,8 @@ def _layers(report: Report) -> str:
     )
     return _section(
         "Layers",
-        "Signal to noise of each layer’s output against FP32, in the order of the graph: higher is better." + note,
+        "Signal to noise of each layer’s output against FP32, in the order of the graph: higher is better."
+        + note,
         legend
         + f'<div class="panels">{"".join(layers(name, dots, ordered.values()) for name, dots in ordered.items())}</div>'
         + f"<details><summary>The {len(worst)} lowest</summary><table>{head}{rows}</table></details>",

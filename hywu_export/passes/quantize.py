@@ -105,11 +105,13 @@ def quantize_layers(
     shared: dict[tuple[ir.Value, float, bool], ir.Value] = {}
     for layer, quantized in layers:
         key = (layer.data, quantized.scale, quantized.smoothing is not None)
-        zero = zero or _initializer(graph, "quantize/zero", np.array(128, np.uint8) if unsigned else np.array(0, np.int8))
+        zero = zero or _initializer(
+            graph, "quantize/zero", np.array(128, np.uint8) if unsigned else np.array(0, np.int8)
+        )
         if key not in shared:
             shared[key] = _quantizer(graph, layer, quantized, zero)
         data = _dequantizer(graph, layer, shared[key])
-        weight = _weight(graph, layer, quantized)
+        weight = dequantized_weight(graph, layer, quantized.smoothing)
         if layer.op == "Gemm":
             _to_matmul(graph, layer, data, weight)
         else:
@@ -128,7 +130,9 @@ def _quantizer(graph: ir.Graph, layer: Layer, quantized: Quantized, zero: ir.Val
         if layer.op == "Conv":
             factors = factors.reshape(-1, *[1] * (len(layer.weight.shape or ()) - 2))
         multiplied = ir.node(
-            "Mul", [data, _initializer(graph, f"quantize/{data.name}.factors", factors)], name=f"{data.name}/smooth"
+            "Mul",
+            [data, _initializer(graph, f"quantize/{data.name}.factors", factors)],
+            name=f"{data.name}/smooth",
         )
         multiplied.outputs[0].name = f"{data.name}/smooth"
         nodes.append(multiplied)
@@ -143,23 +147,27 @@ def _quantizer(graph: ir.Graph, layer: Layer, quantized: Quantized, zero: ir.Val
 def _dequantizer(graph: ir.Graph, layer: Layer, integers: ir.Value) -> ir.Value:
     quantizer = integers.producer()
     assert quantizer is not None
-    node = ir.node("DequantizeLinear", [integers, *quantizer.inputs[1:]], name=f"{layer.name}/DequantizeLinear")
+    node = ir.node(
+        "DequantizeLinear", [integers, *quantizer.inputs[1:]], name=f"{layer.name}/DequantizeLinear"
+    )
     node.outputs[0].name = node.name
     graph.insert_before(layer.node, node)
     return node.outputs[0]
 
 
-def _weight(graph: ir.Graph, layer: Layer, quantized: Quantized) -> ir.Value:
+def dequantized_weight(
+    graph: ir.Graph, layer: Layer, smoothing: npt.NDArray[np.float32] | None = None
+) -> ir.Value:
     """The INT8 weight through DQ, in the layout that a MatMul or Conv reads."""
     stored = layer.weight.const_value
     assert stored is not None
     turn = layer.op != "Conv" and layer.transposed
     axis = 0 if layer.op == "Conv" else 1
     base = f"{layer.name}.weight"
-    scales = quantize_weight(stored.numpy(), layer.output_axis, quantized.smoothing)[1]
+    scales = quantize_weight(stored.numpy(), layer.output_axis, smoothing)[1]
 
     def integers() -> ir.Tensor:
-        values = quantize_weight(stored.numpy(), layer.output_axis, quantized.smoothing)[0]
+        values = quantize_weight(stored.numpy(), layer.output_axis, smoothing)[0]
         return ir.Tensor(np.ascontiguousarray(values.T if turn else values), name=f"{base}.int8")
 
     shape = ir.Shape(tuple(stored.shape)[::-1] if turn else tuple(stored.shape))
@@ -196,7 +204,9 @@ def _to_matmul(graph: ir.Graph, layer: Layer, data: ir.Value, weight: ir.Value) 
 def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    )
     value.const_value = ir.Tensor(array, name=name)
     graph.register_initializer(value)
     return value
