@@ -1,1 +1,1 @@
-"""Precision variants of a bundle: what its values are during real edits, and which precision each layer takes."""
+"""Precision variants of a bundle: what its values are in real edits, which precision each layer takes."""

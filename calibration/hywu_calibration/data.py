@@ -73,9 +73,9 @@ class CalibrationData:
         offer = self._photographs_at_hand()
         hint = f"; photographs for this bundle are in {offer}" if offer is not None and images is None else ""
         raise InputError(
-            f"There is nothing to calibrate with: {' and '.join(missing)} {'are' if missing[1:] else 'is'} missing",
-            "Expected photographs and instructions like those that will come; ranges from random data would clip "
-            "real values, and no quality could be reported",
+            f"There is nothing to calibrate with: {' and '.join(missing)} missing",
+            "Expected photographs and instructions like those that will come; ranges from random data would "
+            "clip real values, and no quality could be reported",
             f"Give --images DIR and --prompts FILE (one instruction a line){hint}",
         )
 
@@ -117,8 +117,8 @@ class CalibrationData:
         both = bool(manifest.guidance) and {True, False} <= known
         return draw_samples(
             self.photos.paths, self.prompts, options.samples, options.seed, evaluations=self.evaluations,
-            steps=options.steps, guidance=manifest.guidance, forms=(default, not default) if both else (default,),
-            policy=manifest.image,
+            steps=options.steps, guidance=manifest.guidance, policy=manifest.image,
+            forms=(default, not default) if both else (default,),
         )  # fmt: skip
 
     @contextmanager

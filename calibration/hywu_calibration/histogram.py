@@ -47,7 +47,7 @@ class Histogram:
     @property
     def centers(self) -> npt.NDArray[np.float64]:
         """The middle of every bin."""
-        return (np.arange(BINS) + 0.5) * self.width
+        return np.asarray((np.arange(BINS) + 0.5) * self.width, np.float64)
 
     def add(self, values: npt.NDArray[Any]) -> None:
         """Counts an array's absolute values.

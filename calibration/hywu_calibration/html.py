@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hywu_calibration.plots import Dot, bars, layers, strip
-from hywu_calibration.report import Edit, Quality, Report, Wide
+from hywu_calibration.report import Edit, Quality, Report, Wide, bounded_db
 
 Pixels = npt.NDArray[np.uint8]
 STYLE = Path(__file__).with_name("report.css")
@@ -196,14 +196,15 @@ def _png(pixels: Pixels, palette: bool = False) -> str:
 
 
 def _layers(report: Report) -> str:
-    measured = [layer for layer in report.layers if layer.sqnr_db is not None]
+    measured = [layer for layer in report.layers if bounded_db(layer.sqnr_db) is not None]
     if not measured:
         return ""
     narrow = {"int8": "int8", "int8-weights": "int8-weights"}.get(report.precision, report.precision)
     panels: dict[str, list[Dot]] = {}
     for layer in measured:
         text = f"{layer.name} ({layer.op}, {_NAMES[layer.precision]}): {layer.sqnr_db:.1f} dB"
-        panels.setdefault(layer.graph, []).append(Dot(layer.sqnr_db or 0.0, text, layer.precision != narrow))
+        value = bounded_db(layer.sqnr_db) or 0.0
+        panels.setdefault(layer.graph, []).append(Dot(value, text, layer.precision != narrow))
     ordered = dict(sorted(panels.items(), key=lambda item: -len(item[1])))
     worst = sorted(measured, key=lambda layer: (layer.sqnr_db, layer.graph, layer.name))[:SHOWN_LAYERS]
     rows = "".join(

@@ -28,7 +28,7 @@ Plan = dict[str, dict[str, Quantized]]  # by graph and layer
 
 @dataclass
 class Candidates:
-    """The layers of a bundle that may be quantized, by graph, and those that are not, for a reason other than quality."""
+    """The layers of a bundle that may be quantized, by graph, and those that are left alone by rule."""
 
     layers: dict[str, list[Layer]]
     excluded: list[Wide] = field(default_factory=list)

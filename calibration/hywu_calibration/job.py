@@ -52,7 +52,8 @@ from hywu_export.bundle.variants import component_sizes, load_graph, write_varia
 from hywu_export.passes import check
 from hywu_export.passes.half import Half, emulate, structure, to_half
 from hywu_export.passes.layers import find_layers
-from hywu_export.passes.quantize import quantize, quantize_weights
+from hywu_export.passes.quantize import quantize
+from hywu_export.passes.weights8 import quantize_weights
 from hywu_runtime.backends import create_backend
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.errors import DeltaError
@@ -69,8 +70,8 @@ SEARCHES = 6
 SQNR_RECORDS = 24
 """Runs of a graph, spread over all samples, in which the layers' SQNR is measured."""
 _EMULATED = (
-    "ONNX Runtime's CPU leaves out roundings between FP16 nodes and has no BF16 products: pictures and SQNR are "
-    "those of FP32 graphs in which the result of every narrow node is rounded."
+    "ONNX Runtime's CPU leaves out roundings between FP16 nodes and has no BF16 products: pictures and SQNR "
+    "are those of FP32 graphs in which the result of every narrow node is rounded."
 )
 
 
@@ -251,7 +252,7 @@ class _Job:
     # INT8 weights
 
     def _int8_weights(self, extremes: Extremes) -> _Result:
-        """Weights in INT8, products in FP16; the worst layers keep FP16 weights until the pictures are as asked."""
+        """Weights in INT8, products in FP16; the worst layers keep FP16 weights until pictures are good."""
         found = candidates(self.models)
         sqnr: dict[str, dict[str, float]] = {}
         for part, (graph, some) in enumerate(found.layers.items()):
@@ -264,10 +265,9 @@ class _Job:
 
         def made(count: int) -> dict[str, ir.Model]:
             worst = {name for name, _ in order[:count]}
-            models = {}
-            for graph, some in found.layers.items():
-                names = [layer.name for layer in some if layer.name not in worst]
-                models[graph] = quantize_weights(self.models[graph].clone(), names)
+            models = {graph: self.models[graph].clone() for graph in found.layers}
+            for model in models.values():
+                quantize_weights(model, worst)
             return models
 
         count = self._search(made, min(budget, len(order)))
@@ -385,8 +385,8 @@ class _Job:
         count, reached = fewest_wide(budget, good)
         if not reached:
             _log.warning(
-                "--min-psnr %g is not reached with %d wide layers, all that --max-wide %g allows: the worst edit "
-                "has %.1f dB",
+                "--min-psnr %g is not reached with %d wide layers, all that --max-wide %g allows: "
+                "the worst edit has %.1f dB",
                 self.options.min_psnr, count, self.options.max_wide, least[count],
             )  # fmt: skip
         return count

@@ -114,9 +114,9 @@ def extremes(
             progress(done, count)
         for name, array in session.run(record.inputs).items():
             if name.startswith(_EXTREME):
-                value = float(array)
+                extreme = float(array)
                 key = name.removeprefix(_EXTREME)
-                found[key] = max(found.get(key, 0.0), value if np.isfinite(value) else np.inf)
+                found[key] = max(found.get(key, 0.0), extreme if np.isfinite(extreme) else np.inf)
             elif name.startswith(_SIZE):
                 key = name.removeprefix(_SIZE)
                 sizes[key] = max(sizes.get(key, 0), int(array))
@@ -249,7 +249,7 @@ def _write_state(file: Path, observed: Mapping[str, Observed], seen: int) -> Non
 
 
 def first_not_finite(model: ir.Model, record: Record, values: Sequence[str]) -> str | None:
-    """The first node, in the order of the graph, that makes NaN or infinity for some values out of finite inputs."""
+    """The first node of the graph that makes NaN or infinity, for some values, out of finite inputs."""
     import onnx_ir as ir
 
     found = typed(model)

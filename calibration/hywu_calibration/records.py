@@ -169,7 +169,7 @@ class Recordings:
         return Counter(name for sample in self.samples for name, _ in self._calls(sample))
 
     def of(self, graph: str, at_most: int | None = None) -> Iterator[Record]:
-        """The records of a graph, one in memory at a time; or ``at_most`` so many, spread over all of them."""
+        """The records of a graph, one in memory at a time; or ``at_most`` so many, spread over all."""
         from safetensors import safe_open
 
         total = self.counts()[graph]

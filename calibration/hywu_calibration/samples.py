@@ -110,7 +110,8 @@ def read_prompts(file: Path) -> tuple[str, ...]:
             prompts.append(line.decode("utf-8").strip())
         except UnicodeDecodeError as error:
             raise InputError(
-                f"The prompts file {file} is not UTF-8: byte {error.start + 1} of line {number} is 0x{line[error.start]:02x}",
+                f"The prompts file {file} is not UTF-8: "
+                f"byte {error.start + 1} of line {number} is 0x{line[error.start]:02x}",
                 "Expected UTF-8 text with one instruction a line",
                 "Save the file as UTF-8",
             ) from None

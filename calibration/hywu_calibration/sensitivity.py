@@ -53,9 +53,12 @@ def weight_sqnr(
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """As `layer_sqnr`, with weights in INT8 alone."""
-    from hywu_export.passes.quantize import quantize_layer_weights
+    from hywu_export.passes.weights8 import quantize_layer_weights
 
-    return _sqnr(model, names, quantize_layer_weights, records, count, progress)
+    def alter(altered: ir.Model, twins: Sequence[Layer]) -> None:
+        quantize_layer_weights(altered.graph, twins)
+
+    return _sqnr(model, names, alter, records, count, progress)
 
 
 def half_sqnr(
@@ -102,7 +105,9 @@ def _sqnr(
     instrumented = model.clone()
     graph = instrumented.graph
     twins = []
-    outputs: dict[str, tuple[ir.Value, str]] = {}  # layer to its exact output, and the name of the other
+    outputs: dict[
+        str, tuple[ir.Value, str | None]
+    ] = {}  # layer to its exact output, and the name of the other
     for layer in find_layers(instrumented):
         if layer.name not in names:
             continue

@@ -27,7 +27,7 @@ def input_channel_maxima(weight: npt.NDArray[np.float32], axis: int) -> npt.NDAr
         axis: of the output channels: 0 or 1.
     """
     others = tuple(i for i in range(weight.ndim) if i != 1 - axis)
-    return np.abs(weight).max(axis=others)
+    return np.asarray(np.abs(weight).max(axis=others), np.float32)
 
 
 def factors(

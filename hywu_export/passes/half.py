@@ -64,6 +64,11 @@ def to_half(model: ir.Model, dtype: Half, wide: Collection[str] = ()) -> ir.Mode
     graph = model.graph
     narrow = DTYPES[dtype]
     kept = {*wide, *structure(model, dtype)}
+    for node in graph:  # a DequantizeLinear computes as its product does: nothing stands between
+        if node.op_type == "DequantizeLinear" and all(
+            use.node.name in kept for use in node.outputs[0].uses()
+        ):
+            kept.add(node.name or "")
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     types: Types = {v: v.dtype for v in (*graph.inputs, *graph.initializers.values())}
 
@@ -88,7 +93,7 @@ def to_half(model: ir.Model, dtype: Half, wide: Collection[str] = ()) -> ir.Mode
     for index, output in enumerate(graph.outputs):
         declared = outputs[output.name]
         if declared is not None and types.get(output, declared) != declared:
-            _cast_output(graph, index, declared)
+            _cast_output(graph, index, declared, types[output])
     _clean(model)
     return model
 
@@ -340,9 +345,10 @@ def _round(values: npt.NDArray[Any], to: ir.DataType) -> npt.NDArray[Any]:
         return np.asarray(values.astype(to.numpy()))
 
 
-def _cast_output(graph: ir.Graph, index: int, declared: ir.DataType) -> None:
+def _cast_output(graph: ir.Graph, index: int, declared: ir.DataType, narrow: ir.DataType | None) -> None:
     """A graph output in its declared type, under its own name."""
     value = graph.outputs[index]
+    value.type = None if narrow is None else ir.TensorType(narrow)
     node = ir.node("Cast", [value], {"to": declared}, name=f"{value.name}/output")
     result = node.outputs[0]
     result.name, value.name = value.name, f"{value.name}/narrow"

@@ -14,7 +14,7 @@ a product only with a DQ that nothing else reads. Biases stay in floating point.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,32 +111,11 @@ def quantize_layers(
         if key not in shared:
             shared[key] = _quantizer(graph, layer, quantized, zero)
         data = _dequantizer(graph, layer, shared[key])
-        weight = _weight(graph, layer, quantized.smoothing)
+        weight = dequantized_weight(graph, layer, quantized.smoothing)
         if layer.op == "Gemm":
             _to_matmul(graph, layer, data, weight)
         else:
             layer.node.replace_input_with(0, data)
-            layer.node.replace_input_with(1, weight)
-    _remove_unused(model)
-
-
-def quantize_weights(model: ir.Model, names: Collection[str]) -> ir.Model:
-    """Stores the weights of the named layers as INT8 with a DQ right before the product, in place.
-
-    The products compute in floating point: less to store and to read, and nothing about activations to know.
-    """
-    quantize_layer_weights(model, [layer for layer in find_layers(model) if layer.name in names])
-    return model
-
-
-def quantize_layer_weights(model: ir.Model, layers: Sequence[Layer]) -> None:
-    """As `quantize_weights`, for layers in the order of the graph."""
-    graph = model.graph
-    for layer in layers:
-        weight = _weight(graph, layer, None)
-        if layer.op == "Gemm":
-            _to_matmul(graph, layer, layer.data, weight)
-        else:
             layer.node.replace_input_with(1, weight)
     _remove_unused(model)
 
@@ -176,20 +155,23 @@ def _dequantizer(graph: ir.Graph, layer: Layer, integers: ir.Value) -> ir.Value:
     return node.outputs[0]
 
 
-def _weight(graph: ir.Graph, layer: Layer, smoothing: npt.NDArray[np.float32] | None) -> ir.Value:
+def dequantized_weight(
+    graph: ir.Graph, layer: Layer, smoothing: npt.NDArray[np.float32] | None = None
+) -> ir.Value:
     """The INT8 weight through DQ, in the layout that a MatMul or Conv reads."""
     stored = layer.weight.const_value
     assert stored is not None
+    dimensions = tuple(int(d) for d in stored.shape.numpy())
     turn = layer.op != "Conv" and layer.transposed
     axis = 0 if layer.op == "Conv" else 1
     base = f"{layer.name}.weight"
     scales = quantize_weight(stored.numpy(), layer.output_axis, smoothing)[1]
 
-    def integers() -> ir.Tensor:
+    def integers() -> ir.Tensor[Any]:
         values = quantize_weight(stored.numpy(), layer.output_axis, smoothing)[0]
         return ir.Tensor(np.ascontiguousarray(values.T if turn else values), name=f"{base}.int8")
 
-    shape = ir.Shape(tuple(stored.shape)[::-1] if turn else tuple(stored.shape))
+    shape = ir.Shape(dimensions[::-1] if turn else dimensions)
     value = ir.Value(name=f"{base}.int8", shape=shape, type=ir.TensorType(ir.DataType.INT8))
     # Computed when it is asked for: a model's weights are never all in memory.
     value.const_value = ir.LazyTensor(integers, ir.DataType.INT8, shape, name=value.name)
