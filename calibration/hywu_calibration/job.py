@@ -150,8 +150,9 @@ class _Job:
             result = self._int8_weights(extremes)
         else:
             result = self._half(extremes)
-        for graph, model in result.models.items():
-            check(model, set(self.bundle.manifest.axes), name=graph)
+        if self.options.form == "tensorrt":  # unsigned activations are for ONNX Runtime alone
+            for graph, model in result.models.items():
+                check(model, set(self.bundle.manifest.axes), name=graph)
         quality, pictures = self._final(result)
         report = self._report(result, quality)
         extra = {

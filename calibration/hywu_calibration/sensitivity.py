@@ -112,7 +112,7 @@ def _sqnr(
         if layer.name not in names:
             continue
         node = layer.node
-        twin = ir.node(node.op_type, node.inputs, node.attributes, name=f"{node.name}/twin")
+        twin = ir.node(node.op_type, node.inputs, node.attributes, name=f"{layer.name}/twin")
         twin.outputs[0].name = twin.name
         graph.insert_after(node, twin)
         twins.append(replace(layer, node=twin))
