@@ -1,12 +1,13 @@
-"""How near variants of the demo's bundle come to FP32 on photographs and phrasings that they were not calibrated with.
+"""How near variants of the demo's bundle come to FP32 on photographs and phrasings that are new to them.
 
 ::
 
     python -m tools.measure_int8 BUNDLE VARIANT …
 
-Calibrate with the first three phrasings of every instruction (``--write-prompts FILE`` writes them) and any photographs but
-those of ``demo/photos``. This edits the six of ``demo/photos`` with the other two phrasings, and prints PSNR of
-the picture against the bundle's own graphs, in dB, with deltas on: mean, worst, and by instruction.
+Calibrate with the first three phrasings of every instruction (``--write-prompts FILE`` writes them) and any
+photographs but those of ``demo/photos``. This edits the six of ``demo/photos`` with the other two
+phrasings, and prints PSNR of the picture against the bundle's own graphs, in dB, with deltas on: mean,
+worst, and by instruction; SQNR is the mean of the pictures' signal to noise.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ SHOWN_WIDE = 20
 @click.option("--prompts", metavar="FILE", help="Instructions like those that will be given, one a line.")
 @click.option("--samples", type=int, metavar="N", default=64, show_default=True, help="Edits to observe.")
 @click.option(
-    "--method", type=click.Choice(["minmax", "percentile", "entropy", "mse"]), default="mse", show_default=True,
-    help="How INT8 ranges are found.",
+    "--method", type=click.Choice(["minmax", "percentile", "entropy", "mse"]), default="mse",
+    show_default=True, help="How INT8 ranges are found.",
 )  # fmt: skip
 @click.option(
     "--percentile", type=float, metavar="P", default=99.99, show_default=True, help="Of --method percentile."

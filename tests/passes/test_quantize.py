@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Explicit INT8: the form that engines want, and ONNX Runtime's own quantization of the same numbers."""
 
 from __future__ import annotations
