@@ -97,6 +97,25 @@ def write_variant(
         )
 
 
+def component_sizes(graphs: Mapping[str, ir.Model]) -> dict[str, int]:
+    """Bytes of the weights by component, as they are stored; what several graphs share counts once."""
+    tensors = {
+        name: value.const_value.nbytes
+        for model in graphs.values()
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    sizes: Counter[str] = Counter()
+    for name, size in tensors.items():
+        sizes[_component(name)] += size
+    return dict(sizes)
+
+
+def _component(initializer: str) -> str:
+    first = initializer.split(".", 1)[0]
+    return "constants" if "/" in first else first
+
+
 class _Stored:
     """Where each initializer of a variant's graphs lies: a weights file, a checkpoint, or the graph."""
 
@@ -116,8 +135,7 @@ class _Stored:
                     self._store(graph, name, tensor, shared=uses[name] > 1)
 
     def _store(self, graph: str, name: str, tensor: ir.TensorProtocol, shared: bool) -> None:
-        component = name.split(".", 1)[0] if "/" not in name.split(".", 1)[0] else "constants"
-        file = f"weights/{component}.safetensors"
+        file = f"weights/{_component(name)}.safetensors"
         key = name
         if shared:
             digest = hashlib.sha256(f"{tensor.dtype}{tensor.shape}".encode() + tensor.tobytes()).hexdigest()

@@ -182,7 +182,7 @@ class _Echo(logging.Handler):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
+def progress_bar(time_left: bool = False) -> Iterator[Progress]:
     """``show(what, done, total)`` draws a bar on stderr if that is a terminal, and does nothing otherwise."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
@@ -195,7 +195,11 @@ def progress_bar() -> Iterator[Progress]:
         if not bars:
             bars.append(
                 click.progressbar(
-                    length=total, file=sys.stderr, item_show_func=lambda item: item, show_eta=False, width=30
+                    length=total,
+                    file=sys.stderr,
+                    item_show_func=lambda item: item,
+                    show_eta=time_left,
+                    width=30,
                 )
             )
             bars[0].__enter__()

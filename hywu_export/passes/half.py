@@ -64,6 +64,11 @@ def to_half(model: ir.Model, dtype: Half, wide: Collection[str] = ()) -> ir.Mode
     graph = model.graph
     narrow = DTYPES[dtype]
     kept = {*wide, *structure(model, dtype)}
+    for node in graph:  # a DequantizeLinear computes as its product does: nothing stands between
+        if node.op_type == "DequantizeLinear" and all(
+            use.node.name in kept for use in node.outputs[0].uses()
+        ):
+            kept.add(node.name or "")
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     types: Types = {v: v.dtype for v in (*graph.inputs, *graph.initializers.values())}
 
@@ -88,7 +93,7 @@ def to_half(model: ir.Model, dtype: Half, wide: Collection[str] = ()) -> ir.Mode
     for index, output in enumerate(graph.outputs):
         declared = outputs[output.name]
         if declared is not None and types.get(output, declared) != declared:
-            _cast_output(graph, index, declared)
+            _cast_output(graph, index, declared, types[output])
     _clean(model)
     return model
 
@@ -96,8 +101,8 @@ def to_half(model: ir.Model, dtype: Half, wide: Collection[str] = ()) -> ir.Mode
 def emulate(model: ir.Model) -> ir.Model:
     """What a model of :func:`to_half` computes, in FP32 with a rounding after every narrow node; a new model.
 
-    ONNX Runtime's CPU has no BF16 products, and for FP16 it leaves the roundings between nodes out: what a GPU
-    gives is seen by rounding each result, as products are summed up in FP32 there too.
+    ONNX Runtime's CPU has no BF16 products, and for FP16 it leaves the roundings between nodes out: what a
+    GPU gives is seen by rounding each result, as products are summed up in FP32 there too.
     """
     copy = model.clone()
     graph = copy.graph
@@ -121,6 +126,29 @@ def emulate(model: ir.Model) -> ir.Model:
                 _round_after(graph, node, output, to)
     _remove_unused(copy)
     return copy
+
+
+def round_product(graph: ir.Graph, node: ir.Node, dtype: Half) -> None:
+    """Lets a product in FP32 read its operands rounded, and what reads it its rounded result."""
+    to = DTYPES[dtype]
+    for index, value in enumerate(node.inputs):
+        if value is None:
+            continue
+        narrow = ir.node("Cast", [value], {"to": to}, name=f"{node.name}/{index}/rounded")
+        wide = ir.node("Cast", narrow.outputs, {"to": ir.DataType.FLOAT}, name=f"{node.name}/{index}/widened")
+        for cast in (narrow, wide):
+            cast.outputs[0].name = cast.name
+        graph.insert_before(node, [narrow, wide])
+        node.replace_input_with(index, wide.outputs[0])
+    output = node.outputs[0]
+    name = output.name
+    output.name = f"{name}/exact"
+    narrow = ir.node("Cast", [output], {"to": to}, name=f"{name}/rounded")
+    wide = ir.node("Cast", narrow.outputs, {"to": ir.DataType.FLOAT}, name=f"{name}/widened")
+    narrow.outputs[0].name, wide.outputs[0].name = narrow.name, name
+    ir.convenience.replace_all_uses_with(output, wide.outputs[0], replace_graph_outputs=True)
+    narrow.replace_input_with(0, output)
+    graph.insert_after(node, [narrow, wide])
 
 
 def _round_after(graph: ir.Graph, node: ir.Node, value: ir.Value, to: ir.DataType) -> None:
@@ -317,9 +345,10 @@ def _round(values: npt.NDArray[Any], to: ir.DataType) -> npt.NDArray[Any]:
         return np.asarray(values.astype(to.numpy()))
 
 
-def _cast_output(graph: ir.Graph, index: int, declared: ir.DataType) -> None:
+def _cast_output(graph: ir.Graph, index: int, declared: ir.DataType, narrow: ir.DataType | None) -> None:
     """A graph output in its declared type, under its own name."""
     value = graph.outputs[index]
+    value.type = None if narrow is None else ir.TensorType(narrow)
     node = ir.node("Cast", [value], {"to": declared}, name=f"{value.name}/output")
     result = node.outputs[0]
     result.name, value.name = value.name, f"{value.name}/narrow"

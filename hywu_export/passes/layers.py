@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 LEAST_DIMENSION = 16
-"""Layers with a smaller reduction or output dimension are left alone: they gain nothing (rule 8 of TensorRT's)."""
+"""Layers with a smaller reduction or output dimension are left alone: INT8 gains nothing there."""
 
 _ANONYMOUS = "constant/"  # initializers that are no parameters, see passes.naming
 

@@ -1,14 +1,17 @@
 """The inputs of graphs during real edits, recorded on disk.
 
-An edit runs through the editor as any other; its backend keeps the inputs of every graph, at the evaluations that the sample
-looks at. What is done with them later, graph by graph, holds one graph and one record in memory.
+An edit runs through the editor as any other; its backend keeps the inputs of every graph, at the
+evaluations that the sample looks at. What is done with them later, graph by graph, holds one graph and one
+record in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ import numpy.typing as npt
 from hywu_calibration.samples import Sample
 from hywu_runtime.backends import Backend, Binding, DeviceTensor, Session
 from hywu_runtime.bundle import Bundle, Weight
+from hywu_runtime.errors import DeltaError
 from hywu_runtime.files import write_atomically
 
 if TYPE_CHECKING:
@@ -103,12 +107,13 @@ class _RecordingBinding:
 class Recordings:
     """One file for each sample in a folder: the records of its edit, and the edited picture.
 
-    A sample whose file is there is not run again, so a job that was killed goes on where it was. Arrays that are
-    equal within a sample (deltas, from step to step) are stored once.
+    A sample whose file is there is not run again, so a job that was killed goes on where it was. Arrays
+    that are equal within a sample (deltas, from step to step) are stored once.
     """
 
     def __init__(self, folder: Path, samples: Sequence[Sample]):
         self.folder, self.samples = folder, tuple(samples)
+        self.failed: tuple[Record, ...] = ()  # what ran of an edit whose deltas were refused
 
     def make(
         self,
@@ -133,7 +138,7 @@ class Recordings:
 
         recorder = RecordingBackend(backend, bundle)
         # Samples with and without guidance use different graphs of the same weights: one after the other.
-        todo = sorted(self.samples, key=lambda s: (s.guidance, s.number))
+        todo = sorted(self.samples, key=lambda s: (s.guided, s.number))
         for done, sample in enumerate(todo):
             if progress is not None:
                 progress(done, len(todo))
@@ -141,7 +146,7 @@ class Recordings:
                 continue
             recorder.tape.start(sample.evaluations)
             # A new editor for each, so that what an editor computes once is recorded in every sample.
-            with Editor(bundle, recorder) as editor:
+            with Editor(bundle, recorder) as editor, self._noting(recorder.tape):
                 picture = editor.edit(
                     sample.photo, sample.prompt, seed=sample.seed, steps=sample.steps, size=sample.size,
                     guidance=dict(sample.guidance), delta_strength=strength,
@@ -151,15 +156,34 @@ class Recordings:
         if progress is not None:
             progress(len(todo), len(todo))
 
-    def of(self, graph: str) -> Iterator[Record]:
-        """The records of a graph, one in memory at a time."""
+    @contextmanager
+    def _noting(self, tape: _Tape) -> Iterator[None]:
+        try:
+            yield
+        except DeltaError:
+            self.failed = tuple(tape.records)
+            raise
+
+    def counts(self) -> Counter[str]:
+        """How many records every graph has."""
+        return Counter(name for sample in self.samples for name, _ in self._calls(sample))
+
+    def of(self, graph: str, at_most: int | None = None) -> Iterator[Record]:
+        """The records of a graph, one in memory at a time; or ``at_most`` so many, spread over all."""
         from safetensors import safe_open
 
+        total = self.counts()[graph]
+        chosen = set(range(total))
+        if at_most is not None and at_most < total:
+            chosen = {i * total // at_most for i in range(at_most)}
+        number = -1
         for sample in self.samples:
-            with safe_open(self._file(sample), "numpy") as file:
-                for name, inputs in json.loads(file.metadata()["calls"]):
-                    if name == graph:
-                        yield Record(name, {key: file.get_tensor(digest) for key, digest in inputs.items()})
+            for name, inputs in self._calls(sample):
+                number += name == graph
+                if name == graph and number in chosen:
+                    with safe_open(self._file(sample), "numpy") as file:
+                        arrays = {key: file.get_tensor(digest) for key, digest in inputs.items()}
+                    yield Record(name, arrays)
 
     def picture(self, sample: Sample) -> npt.NDArray[np.uint8]:
         """The picture that a sample's edit gave, uint8 ``[H, W, 3]``."""
@@ -167,6 +191,13 @@ class Recordings:
 
         with safe_open(self._file(sample), "numpy") as file:
             return np.asarray(file.get_tensor("picture"))
+
+    def _calls(self, sample: Sample) -> list[tuple[str, dict[str, str]]]:
+        """Graph, and input name to stored tensor, for every record of a sample."""
+        from safetensors import safe_open
+
+        with safe_open(self._file(sample), "numpy") as file:
+            return [(name, inputs) for name, inputs in json.loads(file.metadata()["calls"])]
 
     def _file(self, sample: Sample) -> Path:
         return self.folder / f"sample-{sample.number:05d}.safetensors"

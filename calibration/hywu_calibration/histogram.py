@@ -11,7 +11,9 @@ BINS = 4096
 """Bins of a histogram. The largest value lies in the upper half, so at least 2048 of them are in use."""
 
 _CHUNK = 1 << 20  # values at a time: bounds the memory of intermediates
-_LEAST_EXPONENT = -120  # below, all is zero: 2**-120 is under float16's and int8's horizon, and bins stay normal
+_LEAST_EXPONENT = (
+    -120
+)  # below, all is zero: 2**-120 is under float16's and int8's horizon, and bins stay normal
 
 
 class Histogram:
@@ -45,7 +47,7 @@ class Histogram:
     @property
     def centers(self) -> npt.NDArray[np.float64]:
         """The middle of every bin."""
-        return (np.arange(BINS) + 0.5) * self.width
+        return np.asarray((np.arange(BINS) + 0.5) * self.width, np.float64)
 
     def add(self, values: npt.NDArray[Any]) -> None:
         """Counts an array's absolute values.
@@ -69,7 +71,9 @@ class Histogram:
     def merge(self, other: Histogram) -> None:
         """Counts what another histogram has counted."""
         self._grow(other.largest)
-        self.counts += _folded(other.counts, 0 if other.exponent is None else (self.exponent or 0) - other.exponent)
+        self.counts += _folded(
+            other.counts, 0 if other.exponent is None else (self.exponent or 0) - other.exponent
+        )
 
     def _grow(self, largest: float) -> None:
         self.largest = max(self.largest, largest)

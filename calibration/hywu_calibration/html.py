@@ -7,14 +7,16 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from hywu_calibration.plots import Dot, bars, layers, strip
-from hywu_calibration.report import Edit, Quality, Report, Wide
+from hywu_calibration.report import Edit, Quality, Report, Wide, bounded_db
 
 Pixels = npt.NDArray[np.uint8]
+STYLE = Path(__file__).with_name("report.css")
 SHOWN_EDITS = 6
 SHOWN_LAYERS = 12
 SIDE = 320  # pixels of the longer side of a picture that is shown
@@ -48,7 +50,7 @@ def render(report: Report, pictures: Sequence[Pictures] = ()) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>{STYLE.read_text()}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(filter(None, sections))
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -66,7 +68,9 @@ def _head(report: Report) -> str:
     size = report.size
     if size.fp32_bytes:
         ratio = f"{size.variant_bytes / size.fp32_bytes:.2f}<small> ×</small>"
-        tiles.append(_tile("Size", ratio, f"{_mebibytes(size.variant_bytes)}, FP32 {_mebibytes(size.fp32_bytes)}"))
+        tiles.append(
+            _tile("Size", ratio, f"{_mebibytes(size.variant_bytes)}, FP32 {_mebibytes(size.fp32_bytes)}")
+        )
     return (
         f"<header><h1>Variant {escape(report.variant)}</h1><p>{_summary(report)}</p></header>\n"
         f'<div class="tiles">{"".join(tiles)}</div>{_verdict(report)}'
@@ -149,7 +153,9 @@ def _grid(pictures: Sequence[Pictures]) -> str:
         f'<p class="scale">0 <i style="background:linear-gradient(90deg, {stops})"></i> '
         f"{levels} {plural} of 255, and more</p>"
     )
-    which = "The edit that differs most, first" if len(pictures) > len(shown) else "All edits, the worst first"
+    which = (
+        "The edit that differs most, first" if len(pictures) > len(shown) else "All edits, the worst first"
+    )
     text = f"{which}. The difference is the largest of the three channels, amplified {255 / levels:.0f} ×."
     return _section("Pictures", text, scale + f'<div class="grid">{"".join(cells)}</div>')
 
@@ -190,14 +196,15 @@ def _png(pixels: Pixels, palette: bool = False) -> str:
 
 
 def _layers(report: Report) -> str:
-    measured = [layer for layer in report.layers if layer.sqnr_db is not None]
+    measured = [layer for layer in report.layers if bounded_db(layer.sqnr_db) is not None]
     if not measured:
         return ""
     narrow = {"int8": "int8", "int8-weights": "int8-weights"}.get(report.precision, report.precision)
     panels: dict[str, list[Dot]] = {}
     for layer in measured:
         text = f"{layer.name} ({layer.op}, {_NAMES[layer.precision]}): {layer.sqnr_db:.1f} dB"
-        panels.setdefault(layer.graph, []).append(Dot(layer.sqnr_db or 0.0, text, layer.precision != narrow))
+        value = bounded_db(layer.sqnr_db) or 0.0
+        panels.setdefault(layer.graph, []).append(Dot(value, text, layer.precision != narrow))
     ordered = dict(sorted(panels.items(), key=lambda item: -len(item[1])))
     worst = sorted(measured, key=lambda layer: (layer.sqnr_db, layer.graph, layer.name))[:SHOWN_LAYERS]
     rows = "".join(
@@ -205,7 +212,9 @@ def _layers(report: Report) -> str:
         f'<td>{_NAMES[x.precision]}</td><td class="number">{x.sqnr_db:.1f}</td></tr>'
         for x in worst
     )
-    head = "<tr><th>layer</th><th>graph</th><th>op</th><th>precision</th><th class='number'>SQNR, dB</th></tr>"
+    head = (
+        "<tr><th>layer</th><th>graph</th><th>op</th><th>precision</th><th class='number'>SQNR, dB</th></tr>"
+    )
     missing = len(report.layers) - len(measured)
     note = f" {missing} layers were not measured." if missing else ""
     legend = (
@@ -215,7 +224,8 @@ def _layers(report: Report) -> str:
     )
     return _section(
         "Layers",
-        "Signal to noise of each layer’s output against FP32, in the order of the graph: higher is better." + note,
+        "Signal to noise of each layer’s output against FP32, in the order of the graph: higher is better."
+        + note,
         legend
         + f'<div class="panels">{"".join(layers(name, dots, ordered.values()) for name, dots in ordered.items())}</div>'
         + f"<details><summary>The {len(worst)} lowest</summary><table>{head}{rows}</table></details>",
@@ -288,43 +298,3 @@ def _section(title: str, text: str, content: str) -> str:
 
 def _mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --card: #f5f6f8; --ink: #1b1f24; --soft: #5b6470; --line: #dde1e6;
-  --narrow: #2563c9; --wide: #c2570c; --before: #b4bcc8; --good: #1a7f46; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --card: #1d2126; --ink: #e8ebee; --soft: #9aa4b0;
-  --line: #323941; --narrow: #7ab0ff; --wide: #ffa25e; --before: #56606d; --good: #5cc98a; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0; } h2 { font-size: 19px; margin: 0 0 4px; }
-p { margin: 0 0 10px; } header p, section > p, .tile p, .caption, .column, .scale, .legend { color: var(--soft); }
-section { margin-top: 44px; } section > p { max-width: 74ch; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 12px; margin-top: 20px; }
-.tile { background: var(--card); border-radius: 10px; padding: 14px 16px; } .tile p { margin: 0; font-size: 13px; }
-.tile b { font-size: 30px; line-height: 1.3; font-weight: 650; } .tile small { font-size: 16px; font-weight: 500; }
-.verdict { margin: 14px 0 0; padding-left: 12px; border-left: 3px solid var(--good); }
-.verdict b { color: var(--good); } .verdict.missed { border-color: var(--bad); } .verdict.missed b { color: var(--bad); }
-svg { display: block; width: 100%; height: auto; overflow: visible; } svg text { fill: var(--soft); font-size: 12px; }
-svg .label { fill: var(--ink); } svg .axis { stroke: var(--line); } svg .dot { fill: var(--narrow); fill-opacity: .62; }
-svg .hollow { fill: var(--paper); stroke: var(--wide); stroke-width: 1.8; } svg .mean { stroke: var(--ink); stroke-width: 2.5; }
-svg .target { stroke: var(--wide); stroke-dasharray: 5 4; } svg .target-label { fill: var(--wide); }
-svg .before { fill: var(--before); } svg .after { fill: var(--narrow); }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 22px 28px; margin: 8px 0 12px; }
-.legend i, .scale i { display: inline-block; vertical-align: middle; } .legend i { width: 10px; height: 10px; border-radius: 50%; }
-.legend .narrow { background: var(--narrow); } .legend .wide { border: 2px solid var(--wide); margin-left: 14px; }
-.scale { font-size: 13px; } .scale i { width: 140px; height: 10px; border-radius: 3px; margin: 0 6px; }
-.grid { display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px; } .grid img { width: 100%; display: block; border-radius: 4px; }
-.column { margin: 0; font-size: 13px; } .caption { grid-column: 1 / -1; font-size: 13px; margin: 0 0 12px; }
-.caption b { color: var(--ink); font-weight: 600; margin-right: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; } th { text-align: left; font-weight: 600; color: var(--soft); }
-th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } tr.total td { font-weight: 650; border-bottom: 0; }
-td svg { width: 220px; margin-top: 3px; } .facts th { width: 110px; }
-details { border-bottom: 1px solid var(--line); padding: 6px 0; } summary { cursor: pointer; } details p { margin: 8px 0; font-size: 13px; }
-.reason b.number { display: inline-block; min-width: 3.2em; padding-right: .8em; } .reason p { padding-left: 3.6em; }
-code { font: 12px/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-@media (max-width: 560px) { .panels { grid-template-columns: 1fr; } td svg { width: 90px; } main { padding: 24px 14px; } }
-@media print { details > *:not(summary) { display: block; } section { break-inside: avoid; } }
-"""

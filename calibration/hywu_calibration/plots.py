@@ -34,7 +34,9 @@ def strip(rows: Mapping[str, Sequence[Dot]], means: Mapping[str, float], target:
     parts = _vertical_grid(ticks, x, top, bottom)
     if target is not None:
         at = x(target)
-        parts.append(f'<line class="target" x1="{at:.1f}" x2="{at:.1f}" y1="{top - 6:.1f}" y2="{bottom:.1f}"/>')
+        parts.append(
+            f'<line class="target" x1="{at:.1f}" x2="{at:.1f}" y1="{top - 6:.1f}" y2="{bottom:.1f}"/>'
+        )
         parts.append(
             f'<text class="target-label" x="{at:.1f}" y="{top - 10:.1f}" text-anchor="{"end" if at > 900 else "middle"}">'
             f"asked for {target:g}</text>"
@@ -94,7 +96,9 @@ def _vertical_grid(ticks: Sequence[float], x: object, top: float, bottom: float)
         unit = " dB" if i == len(ticks) - 1 else ""
         anchor = "end" if unit else "middle"
         parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
-        parts.append(f'<text x="{at + (12 if unit else 0):.1f}" y="{bottom + 17:.1f}" text-anchor="{anchor}">{tick:g}{unit}</text>')
+        parts.append(
+            f'<text x="{at + (12 if unit else 0):.1f}" y="{bottom + 17:.1f}" text-anchor="{anchor}">{tick:g}{unit}</text>'
+        )
     return parts
 
 

@@ -1,7 +1,7 @@
 """From the values of a tensor to the threshold of its INT8 range: what lies beyond is clipped.
 
-All ranges are symmetric: a threshold t gives the scale t / 127 and the integers -127 … 127. Every method reads
-a :class:`Histogram`, and never gives less than a bin's width or more than the largest value.
+All ranges are symmetric: a threshold t gives the scale t / 127 and the integers -127 … 127. Every method
+reads a :class:`Histogram`, and never gives less than a bin's width or more than the largest value.
 """
 
 from __future__ import annotations

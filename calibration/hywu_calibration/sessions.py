@@ -57,7 +57,9 @@ class ModelBackend:
     def __init__(self, bundle: Bundle, models: Mapping[str, ir.Model], backend: OnnxRuntime | None = None):
         self._backend = backend or OnnxRuntime("ort-cpu", 0, None)
         self.name = self._backend.name
-        self._models = {bundle.file(bundle.manifest.graphs[name].file): (name, m) for name, m in models.items()}
+        self._models = {
+            bundle.file(bundle.manifest.graphs[name].file): (name, m) for name, m in models.items()
+        }
 
     def allocate(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
         """See :class:`hywu_runtime.backends.Backend`."""

@@ -15,11 +15,13 @@ MARGIN = 4.0
 def wide_nodes(model: ir.Model, extremes: Mapping[str, float]) -> dict[str, str]:
     """Nodes that stay in FP32, beside those that the structure keeps there: name to reason.
 
-    Both what makes a value that FP16 does not hold, and what reads it: a product that overflows is no use to a
-    reader that cannot take its result. Numbers that are all below FP16's smallest normal one lose digits.
+    Both what makes a value that FP16 does not hold, and what reads it: a product that overflows is no use
+    to a reader that cannot take its result. Numbers that are all below FP16's smallest normal one lose
+    digits.
 
     Args:
-        extremes: the largest absolute value of each value of the graph, by name; others are taken for harmless.
+        extremes: the largest absolute value of each value of the graph, by name; others are taken for
+        harmless.
     """
     from hywu_export.passes.half import LARGEST_FP16, LEAST_FP16
 

@@ -1,7 +1,9 @@
-"""What the values of a graph are during real edits: extremes of all of them, histograms of the ones to quantize.
+"""What the values of a graph are during real edits: extremes of all of them, histograms of the ones to
+quantize.
 
-Extremes are reduced inside the graph. For histograms, tensors leave it as extra outputs, so many at a time as fit
-into ``CHUNK_BYTES``; a histogram has a fixed size. So memory grows neither with the samples nor with the layers.
+Extremes are reduced inside the graph. For histograms, tensors leave it as extra outputs, so many at a time
+as fit into ``CHUNK_BYTES``; a histogram has a fixed size. So memory grows neither with the samples nor
+with the layers.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from hywu_calibration.histogram import Histogram
 from hywu_calibration.records import Record
 from hywu_calibration.sessions import load_model
 from hywu_runtime.codec import show
-from hywu_runtime.errors import EngineError
+from hywu_runtime.errors import BundleError
 from hywu_runtime.files import write_atomically
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ Progress = Callable[[int, int], object]
 
 CHUNK_BYTES = 256 * 2**20
 SAVE_SECONDS = 20.0
+_NODES_AT_ONCE = 64
 _EXTREME, _SIZE = "hywu.extreme/", "hywu.size/"
 
 
@@ -80,7 +83,8 @@ def extremes(
     sizes_of: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """The largest absolute value of every floating-point value of a graph, infinite where one was NaN or infinite.
+    """The largest absolute value of every floating-point value of a graph, infinite where one was NaN or
+    infinite.
 
     Args:
         model: in FP32.
@@ -110,9 +114,9 @@ def extremes(
             progress(done, count)
         for name, array in session.run(record.inputs).items():
             if name.startswith(_EXTREME):
-                value = float(array)
+                extreme = float(array)
                 key = name.removeprefix(_EXTREME)
-                found[key] = max(found.get(key, 0.0), value if np.isfinite(value) else np.inf)
+                found[key] = max(found.get(key, 0.0), extreme if np.isfinite(extreme) else np.inf)
             elif name.startswith(_SIZE):
                 key = name.removeprefix(_SIZE)
                 sizes[key] = max(sizes.get(key, 0), int(array))
@@ -135,7 +139,6 @@ def chunks(taps: Sequence[Tap], sizes: Mapping[str, int], limit: int = CHUNK_BYT
 
 def observe(
     model: ir.Model,
-    graph_name: str,
     records: Iterable[Record],
     taps: Sequence[Tap],
     count: int,
@@ -150,7 +153,7 @@ def observe(
         taps: what to observe, at once.
         state: a file that keeps what has been counted; a job that was killed goes on from there.
     Raises:
-        EngineError: a value is NaN or infinite; the first node that made one is named.
+        BundleError: a value is NaN or infinite; the first node that made one is named.
         InputError: the state file cannot be written.
     """
     observed = {tap.value: Observed() for tap in taps}
@@ -164,7 +167,7 @@ def observe(
     for tap in taps:
         if tap.value not in own | inputs:
             instrumented.graph.outputs.append(_typed_float(values[tap.value]))
-    session = load_model(instrumented, name=graph_name)
+    session = load_model(instrumented)
     saved = time.monotonic()
     for done, record in enumerate(records):
         if done < start:
@@ -181,7 +184,7 @@ def observe(
             try:
                 observed[tap.value].add(array, tap.axis)
             except ValueError:
-                raise _not_finite(model, graph_name, record, tap.value) from None
+                raise _not_finite(model, record, tap.value) from None
         if state is not None and (time.monotonic() - saved > SAVE_SECONDS or done == count - 1):
             _write_state(state, observed, done + 1)
             saved = time.monotonic()
@@ -245,23 +248,15 @@ def _write_state(file: Path, observed: Mapping[str, Observed], seen: int) -> Non
     write_atomically(file, lambda stream: stream.write(content))
 
 
-def _not_finite(model: ir.Model, graph_name: str, record: Record, value: str) -> EngineError:
-    node = first_not_finite(model, record, value)
-    return EngineError(
-        f"Node {show(node, 200)} of graph {graph_name} makes values that are not finite (NaN or infinity)",
-        f"Expected finite numbers in FP32 for {show(value, 200)}, which is to be quantized",
-        "Check the checkpoint: the same edit in FP32 (`hywu edit`) goes wrong there too",
-    )
-
-
-def first_not_finite(model: ir.Model, record: Record, value: str) -> str:
-    """The first node, in the order of the graph, that makes NaN or infinity for a value out of finite inputs."""
+def first_not_finite(model: ir.Model, record: Record, values: Sequence[str]) -> str | None:
+    """The first node of the graph that makes NaN or infinity, for some values, out of finite inputs."""
     import onnx_ir as ir
 
     found = typed(model)
     graph = found.graph
+    made = _values(graph)
     needed: set[ir.Node] = set()
-    todo = [_values(graph)[value]] if value in _values(graph) else []
+    todo = [made[value] for value in values if value in made]
     while todo:
         node = todo.pop().producer()
         if node is not None and node not in needed:
@@ -271,8 +266,8 @@ def first_not_finite(model: ir.Model, record: Record, value: str) -> str:
     kept = list(graph.outputs)
     floats = [v for n in nodes for v in n.outputs if v.dtype == ir.DataType.FLOAT]
     bad = {name for name, array in record.inputs.items() if not np.isfinite(array).all()}
-    for start in range(0, len(floats), 64):  # the values of so many nodes at a time
-        part = [v for v in floats[start : start + 64] if not v.is_graph_output()]
+    for start in range(0, max(len(floats), 1), _NODES_AT_ONCE):
+        part = [v for v in floats[start : start + _NODES_AT_ONCE] if v not in kept]
         graph.outputs[:] = [*kept, *part]
         for name, array in load_model(found).run(record.inputs).items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -280,5 +275,28 @@ def first_not_finite(model: ir.Model, record: Record, value: str) -> str:
     for node in nodes:
         sound = all(v is None or v.name not in bad for v in node.inputs)
         if sound and any(v.name in bad for v in node.outputs):
-            return node.name or value
-    return value
+            return node.name
+    return None
+
+
+def blame(model: ir.Model, record: Record) -> None:
+    """Looks for the node of a graph that spoils its outputs.
+
+    Raises:
+        BundleError: there is one; node and graph are named.
+    """
+    node = first_not_finite(model, record, [value.name or "" for value in model.graph.outputs])
+    if node is not None:
+        raise _damaged(node, record.graph)
+
+
+def _not_finite(model: ir.Model, record: Record, value: str) -> BundleError:
+    return _damaged(first_not_finite(model, record, [value]) or value, record.graph)
+
+
+def _damaged(node: str, graph: str) -> BundleError:
+    return BundleError(
+        f"Node {show(node, 200)} of graph {graph} makes values that are not finite (NaN or infinity) in FP32",
+        "Expected finite numbers to take ranges from",
+        "Check the weights of the checkpoint, and export the bundle again; `hywu edit` shows the same fault",
+    )

@@ -1,8 +1,8 @@
 """What a variant is calibrated with: photographs, instructions, and which evaluations of which edits.
 
-A sample is one edit: a photograph, an instruction, a seed, a size, a number of steps, with or without guidance, and
-the evaluations of its trajectory that are looked at. The list of samples depends on its arguments and the
-seed alone.
+A sample is one edit: a photograph, an instruction, a seed, a size, a number of steps, with or without
+guidance, and the evaluations of its trajectory that are looked at. The list of samples depends on its
+arguments and the seed alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +44,7 @@ class Sample:
     seed: int
     size: tuple[int, int] | None
     steps: int | None
+    guided: bool
     guidance: tuple[tuple[str, float], ...]
     evaluations: tuple[int, ...]
 
@@ -109,7 +110,8 @@ def read_prompts(file: Path) -> tuple[str, ...]:
             prompts.append(line.decode("utf-8").strip())
         except UnicodeDecodeError as error:
             raise InputError(
-                f"The prompts file {file} is not UTF-8: byte {error.start + 1} of line {number} is 0x{line[error.start]:02x}",
+                f"The prompts file {file} is not UTF-8: "
+                f"byte {error.start + 1} of line {number} is 0x{line[error.start]:02x}",
                 "Expected UTF-8 text with one instruction a line",
                 "Save the file as UTF-8",
             ) from None
@@ -133,7 +135,6 @@ def draw_samples(
     guidance: Sequence[Guidance] = (),
     forms: Sequence[bool] = (False,),
     policy: ImagePolicy | None = None,
-    limit: int | None = None,
 ) -> list[Sample]:
     """The samples of a calibration.
 
@@ -148,7 +149,6 @@ def draw_samples(
         guidance: the bundle's scales.
         forms: guided or not: one, or both, the first of them for three samples in four.
         policy: the bundle's sizes; None for photographs as they are.
-        limit: the longest side of other sizes.
     """
     random = np.random.default_rng([seed, 0x68797775])
     chosen_photos, chosen_prompts = _evenly(photos, count, random), _evenly(prompts, count, random)
@@ -167,8 +167,9 @@ def draw_samples(
                 photo=photo,
                 prompt=prompt,
                 seed=int(random.integers(2**63)),
-                size=_other_size(photo, policy, 0.5 if i % 2 else 1.5, limit) if other and policy else None,
+                size=_other_size(photo, policy, 0.5 if i % 2 else 1.5) if other and policy else None,
                 steps=steps,
+                guided=guided,
                 guidance=scales_for(guidance, guided),
                 evaluations=tuple(sorted(looked_at)),
             )
@@ -208,11 +209,7 @@ def _evenly(items: Sequence[T], count: int, random: np.random.Generator) -> Iter
         yield from (items[i] for i in order[: count - start])
 
 
-def _other_size(photo: Path, policy: ImagePolicy, area: float, limit: int | None) -> tuple[int, int]:
+def _other_size(photo: Path, policy: ImagePolicy, area: float) -> tuple[int, int]:
     """The size that the photograph would have if the default area were ``area`` times what it is."""
-    from dataclasses import replace
-
     height, width = load_photo(photo).shape[:2]
-    top = min(policy.max, max(limit or policy.max, policy.min))
-    changed = replace(policy, default_area=max(1, int(policy.default_area * area)), max=max(top, policy.multiple))
-    return working_size(width, height, changed)
+    return working_size(width, height, replace(policy, default_area=max(1, int(policy.default_area * area))))

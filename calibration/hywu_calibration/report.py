@@ -64,8 +64,9 @@ class FinalImage:
     Attributes:
         deltas_on: at strength 1; None for a bundle without deltas.
         deltas_off: at strength 0.
-        measured: ``runtime``: ONNX Runtime ran the variant's own graphs. ``emulation``: every narrow node's result
-            was rounded, in FP32 graphs, because ONNX Runtime's CPU does not compute in that type.
+        measured: ``runtime``: ONNX Runtime ran the variant's own graphs. ``emulation``: every narrow
+            node's result was rounded, in FP32 graphs, because ONNX Runtime's CPU does not compute in that
+            type.
     """
 
     deltas_on: Quality | None

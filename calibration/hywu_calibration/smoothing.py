@@ -1,10 +1,12 @@
-"""Smoothing: outliers of an activation's channels move into the weight, which is quantized per channel and bears them.
+"""Smoothing: outliers of an activation's channels move into the weight, which is quantized per channel and
+bears them.
 
 Xiao et al., "SmoothQuant" (ICML 2023), equation 4: channel j of the activation is divided by
 
     s_j = max|x_j| ** α / max|w_j| ** (1 - α)
 
-and row j of the weight multiplied by it. Only the quantized path sees this: the delta branch reads the activation as it is.
+and row j of the weight multiplied by it. Only the quantized path sees this: the delta branch reads the
+activation as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def input_channel_maxima(weight: npt.NDArray[np.float32], axis: int) -> npt.NDAr
         axis: of the output channels: 0 or 1.
     """
     others = tuple(i for i in range(weight.ndim) if i != 1 - axis)
-    return np.abs(weight).max(axis=others)
+    return np.asarray(np.abs(weight).max(axis=others), np.float32)
 
 
 def factors(
