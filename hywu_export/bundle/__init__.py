@@ -6,12 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hywu_export.bundle.additions import BundleAddition
     from hywu_export.bundle.weights import TensorLocation, WeightSource
     from hywu_export.bundle.writer import BundleWriter
 
-__all__ = ["BundleWriter", "TensorLocation", "WeightSource"]
+__all__ = ["BundleAddition", "BundleWriter", "TensorLocation", "WeightSource"]
 
-_HOMES = {"BundleWriter": "writer", "TensorLocation": "weights", "WeightSource": "weights"}
+_HOMES = {
+    "BundleAddition": "additions",
+    "BundleWriter": "writer",
+    "TensorLocation": "weights",
+    "WeightSource": "weights",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -65,19 +65,20 @@ def check_target(path: Path, overwrite: bool) -> None:
 class StagingDirectory:
     """Collects files in a hidden sibling of ``path`` and renames it to ``path`` at the end.
 
+    With ``overwrite`` a directory that is there is replaced, whatever it holds: see :func:`check_target`.
+
     The sibling is on the same file system, and locked while its process lives: leftovers of killed
     processes are recognised by the missing lock, and removed by the next export to the same path. Of two
     exports to one path at the same time, the one that finishes last is refused (or replaces the other, with
     ``overwrite``).
 
     Raises:
-        BundleError: ``path`` is taken and ``overwrite`` is false, is not a bundle, or cannot be written.
+        BundleError: ``path`` cannot be written.
     """
 
     def __init__(self, path: Path, overwrite: bool):
         self.path, self._overwrite = path, overwrite
         self.files: dict[str, dict[str, object]] = {}
-        check_target(path, overwrite)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._prefix = f".{path.name}.partial-"

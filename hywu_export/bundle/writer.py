@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hywu_export.bundle.staging import StagingDirectory
+from hywu_export.bundle.staging import StagingDirectory, check_target
 from hywu_export.bundle.weights import (
     CHUNK_BYTES,
     NUMPY_DTYPES,
@@ -89,6 +89,7 @@ class BundleWriter:
         self._weights: dict[str, _Weights] = {}
         self._sources: dict[str, _Source] = {}
         self._linked: dict[str, dict[str, object]] = {}
+        check_target(Path(path).absolute(), overwrite)
         self._staging = StagingDirectory(Path(path).absolute(), overwrite)
 
     def __enter__(self) -> BundleWriter:

@@ -49,6 +49,10 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         if call.phase not in phases[call.graph]:
             phases[call.graph].append(call.phase)
     deltas, schedules = manifest.deltas, manifest.schedules
+
+    def size(folder: str) -> int:
+        return sum(file.size for path, file in manifest.files.items() if path.startswith(folder))
+
     return {
         "name": manifest.name,
         "format": manifest.format,
@@ -106,8 +110,28 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         },
         "linked_tensors": sum(len(tensors) for tensors in manifest.linked.values()),
         "licences": [{"of": one.of, "licence": one.licence, "file": one.file} for one in manifest.licences],
-        "variants": {name: len(variant.graphs) for name, variant in manifest.variants.items()},
-        "engines": {name: len(engine.graphs) for name, engine in manifest.engines.items()},
+        "variants": {
+            name: {
+                "precision": variant.precision,
+                "graphs": list(variant.graphs),
+                "bytes": size(f"variants/{name}/"),
+            }
+            for name, variant in manifest.variants.items()
+        },
+        "engines": {
+            key: {
+                "backend": engine.backend,
+                "version": engine.version,
+                "compute_capabilities": list(engine.compute_capabilities),
+                "device": engine.device,
+                "variant": engine.variant,
+                "shapes": {axis: list(sizes) for axis, sizes in engine.shapes.items()},
+                "graphs": list(engine.graphs),
+                "bytes": size(f"engines/{key}/"),
+                "stale": manifest.stale(key),
+            }
+            for key, engine in manifest.engines.items()
+        },
     }
 
 
@@ -176,10 +200,27 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
             for name, s in summary["sources"].items()
         ],
     )
-    for title in ("variants", "engines"):
-        section(
-            title, [(name, plural(count, "graph")) for name, count in summary[title].items()] or [("none",)]
-        )
+    section(
+        "variants",
+        [
+            (name, v["precision"], plural(len(v["graphs"]), "graph"), size_text(v["bytes"]))
+            for name, v in summary["variants"].items()
+        ]
+        or [("none",)],
+    )
+    section(
+        "engines",
+        [
+            (
+                key,
+                plural(len(e["graphs"]), "graph"),
+                size_text(e["bytes"]),
+                "" if e["stale"] is None else f"stale: {e['stale']} has changed",
+            )
+            for key, e in summary["engines"].items()
+        ]
+        or [("none",)],
+    )
     return "\n".join(lines)
 
 

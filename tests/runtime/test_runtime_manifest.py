@@ -50,7 +50,18 @@ def valid() -> dict[str, Any]:
             }
         }
     }
-    value["variants"] = {"fp16": {"graphs": {"step": "step_plain.onnx"}}}
+    value["variants"] = {"fp16": {"precision": "fp16", "graphs": {"step": "step_plain.onnx"}}}
+    value["engines"] = {
+        "one": {
+            "backend": "tensorrt-rtx",
+            "version": "1.7.1.116",
+            "compute_capabilities": ["8.6", "12.0"],
+            "shapes": {"batch": [1, 1, 4]},
+            "graphs": {"step": "step.onnx"},
+            "sources": {"step.onnx": "0" * 64},
+            "variant": "fp16",
+        }
+    }
     value["x-note"] = {"anything": [1, None]}
     return value
 
@@ -190,6 +201,18 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("link length", lambda m: m["linked"]["step.onnx"]["mix"].update(length=33), "length", False),
     ("link of no graph", lambda m: m["linked"].update({"tokenizer/tokenizer.json": {}}), "linked", False),
     ("variant graph", lambda m: m["variants"]["fp16"]["graphs"].update(ghost="step.onnx"), "ghost", False),
+    ("precision", lambda m: m["variants"]["fp16"].update(precision="fp8"), "precision", True),
+    ("report of nothing", lambda m: m["variants"]["fp16"].update(report="r.json"), "r.json", False),
+    ("engine graph", lambda m: m["engines"]["one"]["graphs"].update(ghost="step.onnx"), "ghost", False),
+    ("engine file", lambda m: m["engines"]["one"]["graphs"].update(step="s.plan"), "s.plan", False),
+    ("engine backend", lambda m: m["engines"]["one"].update(backend="ort-cpu"), "backend", True),
+    ("no capability", lambda m: m["engines"]["one"].update(compute_capabilities=[]), "capabilit", True),
+    ("capability", lambda m: m["engines"]["one"].update(compute_capabilities=["sm86"]), "capabilit", True),
+    ("engine axis", lambda m: m["engines"]["one"]["shapes"].update(ghost=[1, 1, 1]), "ghost", False),
+    ("derived axis", lambda m: m["engines"]["one"]["shapes"].update(latent_height=[1, 1, 1]), "der", False),
+    ("engine sizes", lambda m: m["engines"]["one"]["shapes"].update(batch=[1, 1, 99]), "batch", False),
+    ("engine range", lambda m: m["engines"]["one"]["shapes"].update(batch=[2, 1, 4]), "batch", False),
+    ("engine digest", lambda m: m["engines"]["one"]["sources"].update({"a": "b"}), "sources", True),
     ("licence of nothing", lambda m: m["licences"][0].update(of="ghost"), "ghost", False),
     ("too large", lambda m: m["graphs"]["step"]["inputs"][0].update(shape=[2**31 - 1] * 8), "shape", False),
 ]
@@ -371,7 +394,6 @@ def test_schema_has_the_keys_of_the_dataclasses() -> None:
         for kind in vars(manifest_module).values()
         if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind is not Manifest
     }
-    kinds["graph_set"] = kinds.pop("graphSet")
     kinds.pop("rule")
     for name, kind in kinds.items():
         part = SCHEMA if name == "manifest" else SCHEMA["$defs"][name]

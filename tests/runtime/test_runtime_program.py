@@ -517,7 +517,9 @@ def test_variant(tmp_path: Path, editor: Editor) -> None:
     (tmp_path / "b/variants/same/step.onnx").write_bytes((tmp_path / "b/step.onnx").read_bytes())
     rewrite(
         tmp_path / "b",
-        lambda value: value.update(variants={"same": {"graphs": {"step": "variants/same/step.onnx"}}}),
+        lambda value: value.update(
+            variants={"same": {"precision": "fp16", "graphs": {"step": "variants/same/step.onnx"}}}
+        ),
     )
     with Editor.load(tmp_path / "b", variant="same") as other:
         np.testing.assert_array_equal(edit(other, photo(), "x"), edit(editor, photo(), "x"))

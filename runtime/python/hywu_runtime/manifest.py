@@ -59,6 +59,15 @@ Dtype: TypeAlias = Literal["uint8", "int32", "int64", "float16", "float32"]
 WeightDtype: TypeAlias = Literal[
     "uint8", "int8", "int32", "int64", "float16", "bfloat16", "float32", "float64", "bool"
 ]
+Precision: TypeAlias = Literal["fp16", "bf16", "int8", "int8-weights"]
+ComputeCapability: TypeAlias = Annotated[
+    str,
+    Rule('a compute capability as "8.6"', lambda c: re.fullmatch("[1-9][0-9]?[.][0-9]", c) is not None),
+]
+SizeRange: TypeAlias = Annotated[
+    tuple[Size, ...],
+    Rule("three integers: smallest, best, largest", lambda s: len(s) == 3 and s[0] <= s[1] <= s[2]),
+]
 Phase: TypeAlias = Literal["load", "request", "step", "final"]
 PHASES: tuple[Phase, ...] = ("load", "request", "step", "final")
 ITEM_SIZES = {
@@ -314,10 +323,42 @@ class LinkedTensor:
 
 
 @dataclass(frozen=True)
-class GraphSet:
-    """Files in place of the graphs' own: a variant's or an engine's. Graphs not named keep their file."""
+class Variant:
+    """The graphs in another precision, with the same signatures. Graphs not named keep their file."""
 
+    precision: Precision
     graphs: Mapping[Name, FilePath]
+    report: FilePath | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Compiled graphs for a device. ``shapes``: axis to its smallest, best and largest size.
+
+    ``sources`` are the files that it was built from, with the hash they had: where one has changed since,
+    the engine is stale.
+    """
+
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    version: Name
+    compute_capabilities: Annotated[
+        tuple[ComputeCapability, ...], Rule("at least one compute capability", lambda c: len(c) > 0)
+    ]
+    shapes: Mapping[Name, SizeRange]
+    graphs: Mapping[Name, FilePath]
+    sources: Mapping[FilePath, Digest]
+    variant: Name | None = None
+    device: Name | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    report: FilePath | None = None
+
+    def covers(self, axes: Mapping[str, int]) -> str | None:
+        """The first of the axes whose size the engine does not take, or None."""
+        for name, (low, _, high) in self.shapes.items():
+            if name in axes and not low <= axes[name] <= high:
+                return name
+        return None
 
 
 @dataclass(frozen=True)
@@ -351,8 +392,8 @@ class Manifest:
     tokenizers: Mapping[Name, Tokenizer] = field(default_factory=dict)
     sources: Mapping[Name, Source] = field(default_factory=dict)
     linked: Mapping[FilePath, Mapping[Name, LinkedTensor]] = field(default_factory=dict)
-    variants: Mapping[Name, GraphSet] = field(default_factory=dict)
-    engines: Mapping[Name, GraphSet] = field(default_factory=dict)
+    variants: Mapping[Name, Variant] = field(default_factory=dict)
+    engines: Mapping[Name, Engine] = field(default_factory=dict)
     licences: tuple[Licence, ...] = ()
 
     @classmethod
@@ -451,6 +492,14 @@ class Manifest:
             if state.next in found:
                 found[state.tensor] = Value(state.tensor, found[state.next].dtype, found[state.next].shape)
         return found
+
+    def stale(self, engine: str) -> str | None:
+        """The first file that an engine was built from and that is another one by now, or None."""
+        for path, digest in self.engines[engine].sources.items():
+            entry = self.files.get(path)
+            if entry is None or entry.sha256 != digest:
+                return path
+        return None
 
     def reads(self, call: Call) -> dict[str, str]:
         """A call's graph inputs: graph name to tensor name."""

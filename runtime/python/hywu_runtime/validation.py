@@ -50,6 +50,7 @@ def validate(manifest: Manifest) -> None:
     _program(manifest)
     _image(manifest)
     _linked(manifest)
+    _engines(manifest)
 
 
 def _known(where: str, name: str, known: Iterable[str], what: str) -> None:
@@ -75,12 +76,14 @@ def _files(m: Manifest) -> None:
     }
     if m.schedules is not None:
         references["schedules.file"] = m.schedules.file
-    for section, sets in (("variants", m.variants), ("engines", m.engines)):
-        for name, graph_set in sets.items():
-            for graph, file in graph_set.graphs.items():
-                where = f"{section}[{show(name)}].graphs"
-                _known(where, graph, m.graphs, "a graph of this bundle")
-                references[f"{where}[{show(graph)}]"] = file
+    for section, additions in (("variants", m.variants), ("engines", m.engines)):
+        for name, addition in additions.items():
+            where = f"{section}[{show(name)}]"
+            for graph, file in addition.graphs.items():
+                _known(f"{where}.graphs", graph, m.graphs, "a graph of this bundle")
+                references[f"{where}.graphs[{show(graph)}]"] = file
+            if addition.report is not None:
+                references[f"{where}.report"] = addition.report
     for where, file in references.items():
         if file not in m.files:
             raise malformed(where, f"is {show(file)}, which `files` does not list", "a file of the bundle")
@@ -454,6 +457,23 @@ def _results(m: Manifest, made: Mapping[str, object]) -> None:
         elif m.signatures[name].dtype != "float32" or len(m.signatures[name].shape) < 3:
             value = m.signatures[name]
             raise malformed(key, f"is {value.dtype} {list(value.shape)}", "float32 with at least 3 axes")
+
+
+def _engines(m: Manifest) -> None:
+    for name, engine in m.engines.items():
+        where = f"engines[{show(name)}]"
+        for axis, sizes in engine.shapes.items():
+            key = f"{where}.shapes[{show(axis)}]"
+            _known(f"{where}.shapes", axis, m.axes, "an axis")
+            limits = m.axes[axis]
+            if limits.min is None or limits.max is None:
+                raise malformed(key, "is a derived axis", "an axis with limits of its own")
+            if any(not limits.min <= size <= limits.max or size % limits.multiple for size in sizes):
+                raise malformed(
+                    key,
+                    f"is {list(sizes)}",
+                    f"multiples of {limits.multiple} from {limits.min} to {limits.max}",
+                )
 
 
 def _image(m: Manifest) -> None:
