@@ -3,6 +3,7 @@
 // behind it checks again.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -140,10 +141,10 @@ struct State {
     std::variant<std::string, Zeros> initial;
 };
 
-// One table of the schedule file; the smallest and the largest step count.
+// One table of the schedule file. `steps` are the smallest and the largest step count.
 struct Sampler {
     std::string class_name;
-    std::int64_t min_steps = 1, max_steps = 1;
+    std::array<std::int64_t, 2> steps = {1, 1};
     bool stochastic = false;
 };
 
@@ -177,7 +178,7 @@ struct DeltaTarget {
     std::string module;
     TargetKind kind = TargetKind::linear;
     std::int64_t in_features = 1, out_features = 1, rank = 1;
-    std::vector<std::int64_t> kernel;
+    std::optional<std::array<std::int64_t, 2>> kernel;
 
     std::string a_name() const { return module + ".lora_A"; }
     std::string b_name() const { return module + ".lora_B"; }
@@ -241,6 +242,7 @@ struct Licence {
 // A bundle's manifest.
 class Manifest {
 public:
+    std::int64_t format = format_version;
     std::string name;
     std::optional<std::string> family;
     Producer producer;
