@@ -115,7 +115,7 @@ enum { HYWU_LOG_DEBUG = 0, HYWU_LOG_INFO = 1, HYWU_LOG_WARNING = 2, HYWU_LOG_OFF
 typedef void (*hywu_log_callback)(void* user, int32_t level, const char* message);
 /* Sends messages of at least `level` to `callback`, for the whole process; NULL, the default, is silence. When this returns the
  * former callback has been called for the last time. */
-HYWU_API void hywu_set_log(hywu_log_callback callback, void* user, int32_t level);
+HYWU_API hywu_status hywu_set_log(hywu_log_callback callback, void* user, int32_t level);
 
 /* ---- Handles and plain values ---------------------------------------------------------------------------------- */
 
@@ -143,6 +143,9 @@ enum {
 };
 #define HYWU_MAX_RANK 8
 
+/* In place of a length: the text ends with a NUL. */
+#define HYWU_TERMINATED ((size_t)-1)
+
 /* A named tensor on the host. */
 typedef struct hywu_tensor {
     const char* name; /* may be NULL where the name is clear */
@@ -168,7 +171,7 @@ HYWU_API hywu_status hywu_bundle_params_init(hywu_bundle_params* params, size_t 
 HYWU_API hywu_status hywu_bundle_open(const char* path, const hywu_bundle_params* params, hywu_bundle** bundle);
 HYWU_API void hywu_bundle_free(hywu_bundle* bundle);
 HYWU_API const char* hywu_bundle_name(const hywu_bundle* bundle);
-/* The names of its variants and of the scales of guidance, by index; NULL after the last. */
+/* The names of its variants by index; NULL after the last. */
 HYWU_API const char* hywu_bundle_variant(const hywu_bundle* bundle, size_t index);
 
 /* ---- Editors --------------------------------------------------------------------------------------------------- */
@@ -316,7 +319,7 @@ typedef struct hywu_generate_params {
     size_t struct_size;
     const hywu_pixels* photo; /* NULL where `inputs` stand for what is made of it */
     const char* prompt;       /* NULL: empty */
-    size_t prompt_length;     /* bytes; 0: it ends with a NUL */
+    size_t prompt_length;     /* bytes; HYWU_TERMINATED by default */
     int32_t width, height;    /* as in hywu_edit_params */
     const hywu_tensor* inputs;
     size_t input_count; /* their batch is that of the deltas */

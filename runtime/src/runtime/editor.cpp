@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 #include <utility>
 
 #include "core/error.hpp"
@@ -125,7 +126,18 @@ void draw(float* out, std::size_t count, const std::vector<Seed>& seeds, std::ui
     }
 }
 
+// Whether a tensor is drawn at a size that others determine, or changes from step to step.
 bool needs_axes(const core::ProvidedTensor& tensor) { return tensor.draw || tensor.changes(); }
+
+// A column of the schedule by evaluation.
+StepInput column(const std::string& name, const core::ProvidedTensor& tensor, const core::Rows& rows) {
+    if (tensor.column == core::Column::timesteps) return {name, [&rows](std::size_t k) { return &rows.timesteps[k]; }};
+    if (tensor.shape.size() != 1 || tensor.shape[0].size != static_cast<std::int64_t>(rows.width)) {
+        throw Error(ErrorKind::bundle, "The schedule has " + std::to_string(rows.width) + " coefficients",
+                    "Expected " + shape_text(tensor.shape) + ", as tensor " + show(name), "Export the bundle again");
+    }
+    return {name, [&rows](std::size_t k) { return rows.row(k); }};
+}
 
 }  // namespace
 
@@ -248,7 +260,7 @@ Editor::Editor(SharedBundle shared, std::shared_ptr<backends::Backend> backend, 
     limits_.generates = !manifest_.results.deltas.empty();
 }
 
-void Editor::edit(const EditOptions& options, const Result& result) {
+void Editor::edit(const EditOptions& options, const Place& place) {
     if (!manifest_.results.image) {
         throw Error(ErrorKind::unsupported, "This bundle makes no images", "It holds a generator of deltas alone",
                     "Use `generate`, or export with a base");
@@ -293,10 +305,11 @@ void Editor::edit(const EditOptions& options, const Result& result) {
     for (const std::string& name : manifest_.results.deltas) {
         if (options.deltas.empty() && names.count(name) == 0) generated.push_back(name);
     }
-    run(plan, batch, inputs, rows, options.noise, std::move(generated), options,
-        [&](const std::string&, backends::DeviceTensor& tensor) {
-            result(tensor.shape(), [&](void* out) { tensor.read(out, tensor.bytes()); });
-        });
+    void* out = nullptr;
+    run(
+        plan, batch, inputs, rows, std::move(generated), options,
+        [&](const Axes& axes) { out = place(resolve_shape(manifest_, image, axes)); },
+        [&](const std::string&, backends::DeviceTensor& tensor) { tensor.read(out, tensor.bytes()); });
 }
 
 core::Deltas Editor::generate(const GenerateOptions& options) {
@@ -315,13 +328,9 @@ core::Deltas Editor::generate(const GenerateOptions& options) {
             break;
         }
     }
-    Samples batch;
-    if (options.photo) {
-        check_batch(count);
-        batch = samples(count, std::vector<Photo>(count, *options.photo), options.size);
-    } else {
-        batch = samples(count, {}, options.size);
-    }
+    check_batch(count);
+    Samples batch =
+        samples(count, options.photo ? std::vector<Photo>(count, *options.photo) : std::vector<Photo>(), options.size);
     batch.prompts.assign(count, options.prompt);
     batch.negative_prompts.assign(count, "");
     for (std::size_t i = 0; i < count; ++i) batch.seeds.push_back({0, static_cast<std::uint32_t>(i)});
@@ -336,11 +345,13 @@ core::Deltas Editor::generate(const GenerateOptions& options) {
     const Plan plan = make_plan(manifest_, wanted, names);
     add_absent(plan, batch.strengths, inputs, kept);
     std::map<std::string, Array> made;
-    run(plan, batch, inputs, {}, {}, {}, defaults, [&](const std::string& name, backends::DeviceTensor& tensor) {
-        Array array(tensor.dtype(), tensor.shape());
-        tensor.read(array.data(), array.bytes());
-        made.insert_or_assign(name, std::move(array));
-    });
+    run(
+        plan, batch, inputs, {}, {}, defaults, [](const Axes&) {},
+        [&](const std::string& name, backends::DeviceTensor& tensor) {
+            Array array(tensor.dtype(), tensor.shape());
+            tensor.read(array.data(), array.bytes());
+            made.insert_or_assign(name, std::move(array));
+        });
     for (const auto& [name, array] : made) {
         const float* values = array.as<float>();
         if (std::all_of(values, values + array.size(), [](float x) { return std::isfinite(x); })) continue;
@@ -375,7 +386,11 @@ void Editor::warm_up() {
     options.photos = {{gray.as<unsigned char>(), side, side, static_cast<std::size_t>(3 * side)}};
     options.strengths = {plan.absent.empty() ? 1.0 : 0.0};
     if (schedule_ && !limits_.steps[0].second.empty()) options.steps = limits_.steps[0].second[0];
-    edit(options, [](const core::Shape&, const std::function<void(void*)>&) {});
+    Array picture;
+    edit(options, [&](const core::Shape& shape) {
+        picture = Array(Dtype::uint8, shape);
+        return picture.data();
+    });
 }
 
 Size Editor::working_size(std::int64_t width, std::int64_t height, const std::optional<Size>& wanted) const {
@@ -548,7 +563,8 @@ void Editor::add_absent(const Plan& plan, const std::vector<double>& strengths, 
 }
 
 void Editor::run(const Plan& plan, const Samples& batch, const NamedViews& given, const std::optional<core::Rows>& rows,
-                 const std::optional<View>& noise, std::vector<std::string> finite, const EditOptions& hooks,
+                 std::vector<std::string> finite, const EditOptions& options,
+                 const std::function<void(const Axes&)>& ready,
                  const std::function<void(const std::string&, backends::DeviceTensor&)>& result) {
     std::vector<Array> kept;  // what the views below look at
     Request request;
@@ -566,7 +582,7 @@ void Editor::run(const Plan& plan, const Samples& batch, const NamedViews& given
     // Last, so that it is the caller's tensor that is blamed for a size.
     request.values.insert(request.values.end(), given.begin(), given.end());
     request.axes = resolve_axes(manifest_, static_cast<std::int64_t>(batch.count), request.values);
-    std::optional<Array> checked_noise;
+    std::optional<Array> noise;
     for (const auto& [name, tensor] : sized) {
         if (tensor->draw == core::Draw::initial) {
             const core::Shape shape = resolve_shape(manifest_, name, request.axes);
@@ -577,16 +593,17 @@ void Editor::run(const Plan& plan, const Samples& batch, const NamedViews& given
             request.values.emplace_back(name, View(kept.back()));
         } else if (tensor->draw == core::Draw::step) {
             const core::Shape shape = resolve_shape(manifest_, name, request.axes);
-            if (noise && !checked_noise) checked_noise = floats("noise", *noise);
-            request.per_step.push_back(step_noise(name, shape, batch, rows, checked_noise, kept));
+            if (options.noise && !noise) noise = floats("noise", *options.noise);
+            request.per_step.push_back(step_noise(name, shape, batch, rows, noise, kept));
         } else if (rows) {
             request.per_step.push_back(column(name, *tensor, *rows));
         }
     }
     request.evaluations = rows ? rows->size() : 1;
     request.finite = std::move(finite);
-    request.progress = hooks.progress;
-    request.cancelled = hooks.cancelled;
+    request.progress = options.progress;
+    request.cancelled = options.cancelled;
+    ready(request.axes);
     const Turn turn(*this);
     executor_.run(plan, request, result);
 }
@@ -620,9 +637,9 @@ Array Editor::value(const std::string& name, const Samples& batch, const std::op
             return stacked;
         }
         case core::TensorSource::text:
-            return encode(name, batch, false);
+            return encode(name, batch, false, tensor.dtype);
         case core::TensorSource::mask:
-            return encode(tensor.of.value_or(""), batch, true);
+            return encode(tensor.of.value_or(""), batch, true, tensor.dtype);
         case core::TensorSource::guidance:
             return numbers(batch.scales.at(tensor.guidance.value_or("")));
         case core::TensorSource::gate:
@@ -637,12 +654,12 @@ Array Editor::value(const std::string& name, const Samples& batch, const std::op
             break;
     }
     throw Error(ErrorKind::input, "The tensor " + show(name) + " is missing", "This bundle takes it from the caller",
-                "Give it by its name among the inputs");
+                "Give inputs={" + show(name) + ": array}");
 }
 
 // Token ids or the mask of a text tensor, [count, max_length].
-Array Editor::encode(const std::string& name, const Samples& batch, bool mask) const {
-    const core::ProvidedTensor& tensor = manifest_.tensors.at(name);
+Array Editor::encode(const std::string& text, const Samples& batch, bool mask, Dtype dtype) const {
+    const core::ProvidedTensor& tensor = manifest_.tensors.at(text);
     std::vector<std::string> texts;
     if (!tensor.text) {
         texts.assign(batch.count, tensor.constant.value_or(""));
@@ -652,12 +669,11 @@ Array Editor::encode(const std::string& name, const Samples& batch, bool mask) c
         texts = batch.negative_prompts;
     } else {
         throw Error(ErrorKind::unsupported, "The bundle asks for a text called " + show(*tensor.text),
-                    "This runtime has prompt, negative_prompt", "Give the token ids by the name " + show(name));
+                    "This runtime has prompt, negative_prompt", "Give the token ids: inputs={" + show(text) + ": …}");
     }
     const text::PromptEncoder::Encoded encoded = encoders_.at(tensor.tokenizer.value_or(""))->encode(texts);
     const std::vector<std::int64_t>& values = mask ? encoded.mask : encoded.ids;
     const auto length = static_cast<std::int64_t>(values.size() / batch.count);
-    const Dtype dtype = mask ? mask_dtype(name) : tensor.dtype;
     Array array(dtype, {static_cast<std::int64_t>(batch.count), length});
     if (dtype == Dtype::int64) {
         std::memcpy(array.data(), values.data(), array.bytes());

@@ -1,6 +1,7 @@
 // The editor: photographs and instructions in, pictures or deltas out. As hywu_runtime.editor.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -94,11 +95,12 @@ class Editor {
     Editor(SharedBundle shared, std::shared_ptr<backends::Backend> backend, const std::string& sharing,
            const EditorOptions& options);
 
-    // Edits photographs in one batch. `result` is called once, before the editor forgets the pictures, with their shape
-    // [count, height, width, 3] and a function that copies their bytes out.
+    // Where the pictures go: called once, before anything runs, with their shape [count, height, width, 3]; it gives
+    // memory for as many bytes, which is written if all goes well.
+    using Place = std::function<void*(const core::Shape&)>;
+    // Edits photographs in one batch.
     // Throws Error(input, delta, cancelled, unsupported, bundle, engine, device), and what callbacks throw.
-    using Result = std::function<void(const core::Shape&, const std::function<void(void*)>& read)>;
-    void edit(const EditOptions& options, const Result& result);
+    void edit(const EditOptions& options, const Place& place);
     // The deltas that an edit would use. Throws as edit().
     core::Deltas generate(const GenerateOptions& options);
     // Loads what a default request needs, and runs one on a gray photo if no input is missing.
@@ -107,6 +109,8 @@ class Editor {
     const Limits& limits() const noexcept { return limits_; }
     const core::Bundle& bundle() const noexcept { return *shared_.bundle; }
     std::string backend() const { return std::string(backend_->name()); }
+    // Throws Error(input) if the bundle does not take this many samples.
+    void check_batch(std::size_t count) const;
     // The size at which a photo is edited. Throws Error(input).
     Size working_size(std::int64_t width, std::int64_t height, const std::optional<Size>& wanted = {}) const;
 
@@ -119,7 +123,7 @@ class Editor {
   private:
     struct Samples;
 
-    Samples samples(std::size_t count, const std::vector<Photo>& photos, const std::optional<Size>& size) const;
+    Samples samples(std::size_t count, const std::vector<Photo>& photos, std::optional<Size> size) const;
     std::map<std::string, std::vector<double>> scales(const EditOptions& options) const;
     // Tensors that the caller gives by name: no deltas, and nothing that changes from step to step.
     NamedViews given(const NamedViews& inputs, const std::optional<View>& latents, std::vector<core::Array>& kept) const;
@@ -128,12 +132,12 @@ class Editor {
                     std::vector<core::Array>& kept) const;
     // Gathers the provided tensors of a plan and runs it.
     void run(const Plan& plan, const Samples& samples, const NamedViews& given, const std::optional<core::Rows>& rows,
-             const std::optional<View>& noise, std::vector<std::string> finite, const EditOptions& hooks,
+             std::vector<std::string> finite, const EditOptions& options, const std::function<void(const Axes&)>& ready,
              const std::function<void(const std::string&, backends::DeviceTensor&)>& result);
     core::Array value(const std::string& name, const Samples& samples, const std::optional<core::Rows>& rows) const;
-    core::Array encode(const std::string& name, const Samples& samples, bool mask) const;
+    core::Array encode(const std::string& text, const Samples& samples, bool mask, core::Dtype dtype) const;
     StepInput step_noise(const std::string& name, const core::Shape& shape, const Samples& samples,
-                         const std::optional<core::Rows>& rows, const std::optional<View>& noise,
+                         const std::optional<core::Rows>& rows, const std::optional<core::Array>& noise,
                          std::vector<core::Array>& kept) const;
 
     // Serves one call at a time. Throws Error(input) where this thread is within a call already (a callback).
@@ -149,5 +153,10 @@ class Editor {
     std::mutex mutex_;
     std::atomic<std::thread::id> owner_{};
 };
+
+// The first engine of a bundle that is for this backend and variant, not stale, and not refused by the backend.
+// Throws Error(engine), with a reason for each that there is.
+std::string choose_engine(const core::Manifest& manifest, const backends::Backend& backend,
+                          const std::optional<std::string>& variant);
 
 }  // namespace hywu::runtime
