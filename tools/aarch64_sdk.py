@@ -1,8 +1,8 @@
-"""Puts together .sdk/aarch64: the arm64 libraries that the C++ runtime is cross-compiled against, from Debian packages.
+"""Puts together .sdk/aarch64: the arm64 libraries that the C++ runtime is cross-compiled against.
 
     python tools/aarch64_sdk.py
 
-The C and C++ libraries come with Debian's cross-compiler (g++-aarch64-linux-gnu).
+They are unpacked from Debian packages; libc and libstdc++ come with the cross-compiler.
 """
 
 from __future__ import annotations

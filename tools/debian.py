@@ -1,7 +1,8 @@
-"""Packages of Debian, unpacked into a folder: nothing is installed, no root is needed, apt's own state stays as it is.
+"""Packages of Debian, unpacked into a folder: nothing is installed, and no root is needed.
 
-The mirror is the one that the machine's apt sources name; it has every suite and architecture. Used by the scripts that put
-together what the C++ runtime is built against: `onnxruntime_sdk.py`, `aarch64_sdk.py`, `mingw_sdk.py`.
+The mirror is the one that the machine's apt sources name; it has every suite and architecture. Used by the
+scripts that put together what the C++ runtime is built against: `onnxruntime_sdk.py`, `aarch64_sdk.py` and
+`mingw_sdk.py`.
 """
 
 from __future__ import annotations
@@ -67,11 +68,14 @@ class Archive:
         suite = suite or release().get("VERSION_CODENAME", "stable")
         options = [f"signed-by={_KEYRING}"] if _KEYRING.is_file() else []
         options += [f"arch={architecture}"] if architecture else []
-        self._line = (
-            f"{'deb-src' if sources else 'deb'} [{' '.join(options)}] {_mirror()} {suite} main".replace(
-                " [] ", " "
-            )
-        )
+        words = [
+            "deb-src" if sources else "deb",
+            f"[{' '.join(options)}]" if options else "",
+            _mirror(),
+            suite,
+            "main",
+        ]
+        self._line = " ".join(filter(None, words))
         self._suffix = f":{architecture}" if architecture else ""
         self.suite = suite
 
@@ -123,8 +127,7 @@ class Archive:
 
     def _taken(self, pattern: str) -> Sequence[Path]:
         found = sorted((self._folder / "packages").glob(pattern))
-        taken = [path.rename(self._folder / path.name) for path in found]
-        return taken
+        return [path.rename(self._folder / path.name) for path in found]
 
     def _apt(self, command: str, *arguments: str) -> None:
         done = subprocess.run(

@@ -1,14 +1,14 @@
-"""Puts together .sdk/onnxruntime/{include,lib}: what the ONNX Runtime backend of the C++ runtime is built and tested with.
+"""Puts together .sdk/onnxruntime/{include,lib}, with which the ONNX Runtime backend is built and tested.
 
     python tools/onnxruntime_sdk.py                       for this machine
     python tools/onnxruntime_sdk.py --machine aarch64     for tests under QEMU, in .sdk/onnxruntime-aarch64
 
-The runtime needs the header of the C API to build, and the library only to run. The C API is versioned, and a library
-serves every older version, so header and library may come from different releases. In this order:
+The runtime needs the header of the C API to build, and the library only to run. The C API is versioned, and a
+library serves every older version, so header and library may be of different releases. In this order:
 
 1. ONNXRUNTIME_ROOT, a folder with include/ and lib/ (an unpacked release);
 2. the system package (libonnxruntime-dev);
-3. the header from the first newer Debian suite that has the package, and the library from the installed Python wheel.
+3. the header from the first newer Debian suite that has it, the library from the installed Python wheel.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SUITES = ("trixie", "forky", "sid")
 # The wheel whose library runs under QEMU's user emulation: 1.20.1 and 1.32.0 crash there.
 AARCH64_WHEEL = "onnxruntime==1.23.2"
 REMEDY = (
-    "Unpack a release of ONNX Runtime and set ONNXRUNTIME_ROOT to its folder (with include/ and lib/); on Debian 13 or later "
-    "install libonnxruntime-dev; or on Debian 12 install the Python package onnxruntime."
+    "Unpack a release of ONNX Runtime and set ONNXRUNTIME_ROOT to its folder (with include/ and lib/); on "
+    "Debian 13 or later install libonnxruntime-dev; on Debian 12 install the Python package onnxruntime."
 )
 
 
@@ -82,7 +82,7 @@ def wheel_library() -> Path | None:
 
 
 def debian_header(target: Path) -> tuple[Path, str]:
-    """The header from the first newer Debian suite that has it, unpacked below `target`; and where it is from."""
+    """The header from the first newer Debian suite that has it, unpacked below `target`; where it is from."""
     reasons = []
     for suite in SUITES:
         try:
@@ -114,7 +114,7 @@ def aarch64_library(target: Path) -> Path:
 
 
 def assemble(machine: str, out: Path) -> dict[str, str]:
-    """Makes the SDK in `out` anew. Returns where header and library are from, and the version of the C API."""
+    """Makes the SDK in `out` anew. Returns where header and library are from, and the C API's version."""
     native = machine == os.uname().machine
     with tempfile.TemporaryDirectory(prefix="hywu-onnxruntime-") as name:
         work = Path(name)
@@ -173,7 +173,7 @@ def assemble(machine: str, out: Path) -> dict[str, str]:
 
 
 def check(out: Path) -> None:
-    """Opens the library and asks it for the API version of the header: the one way in which they may not fit."""
+    """Opens the library and compares its version with the header's: the one way in which they may not fit."""
 
     class ApiBase(ctypes.Structure):
         _fields_ = (
@@ -188,7 +188,7 @@ def check(out: Path) -> None:
     known = int(base.get_version_string().decode().split(".")[1])
     if wanted > known:
         print(
-            f"note: the header has version {wanted} of the C API and the library {known}; the runtime asks for what it has",
+            f"note: the header's C API is {wanted}, the library's {known}; the runtime asks for {known}",
             file=sys.stderr,
         )
 
