@@ -204,8 +204,8 @@ std::string choose_engine(const core::Manifest& manifest, const backends::Backen
     std::string reasons;
     for (const auto& [key, engine] : manifest.engines) {
         std::optional<std::string> reason;
-        if (engine.backend != backend.name()) {
-            reason = "is for " + engine.backend;
+        if (core::name(engine.backend) != backend.name()) {
+            reason = "is for " + std::string(core::name(engine.backend));
         } else if (engine.variant != variant) {
             reason = engine.variant ? "is of variant " + *engine.variant : "is of the bundle's own graphs";
         } else if (const auto file = manifest.stale(key)) {
