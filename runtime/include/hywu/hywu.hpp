@@ -11,11 +11,11 @@
 //         return {edited.begin(), edited.end()};
 //     }
 //
-// What can fail throws hywu::Error. With HYWU_NO_EXCEPTIONS, which is set where the compiler has exceptions switched off, it
-// gives a hywu::Result instead, to be asked before it is used.
+// What can fail throws hywu::Error. With HYWU_NO_EXCEPTIONS, which is set where the compiler has exceptions
+// switched off, it gives a hywu::Result instead, to be asked before it is used.
 //
-// hywu.h says what everything means, and what threads may do. The names are the same; this header is compiled into the
-// program that uses it, so the C++ standard library is no part of the library's interface.
+// hywu.h says what everything means, and what threads may do. The names are the same; this header is compiled
+// into the program that uses it, so the C++ standard library is no part of the library's interface.
 #ifndef HYWU_HYWU_HPP
 #define HYWU_HYWU_HPP
 
@@ -95,7 +95,8 @@ public:
     // Of the last call that failed in this thread.
     static Error last() {
         return Error(static_cast<Status>(hywu_last_status()), hywu_last_error(),
-                     hywu_last_error_part(HYWU_ERROR_PART_WRONG), hywu_last_error_part(HYWU_ERROR_PART_EXPECTED),
+                     hywu_last_error_part(HYWU_ERROR_PART_WRONG),
+                     hywu_last_error_part(HYWU_ERROR_PART_EXPECTED),
                      hywu_last_error_part(HYWU_ERROR_PART_REMEDY));
     }
 
@@ -206,7 +207,8 @@ struct Pixels {
     std::size_t stride = 0;  // bytes from row to row; 0: 3 * width
 
     Pixels() = default;
-    Pixels(const std::uint8_t* d, std::int32_t w, std::int32_t h, std::size_t s = 0) : data(d), width(w), height(h), stride(s) {}
+    Pixels(const std::uint8_t* d, std::int32_t w, std::int32_t h, std::size_t s = 0)
+        : data(d), width(w), height(h), stride(s) {}
     explicit Pixels(const hywu_pixels& p) : Pixels(p.data, p.width, p.height, p.stride) {}
     operator hywu_pixels() const { return {data, width, height, stride}; }
     // All bytes, from the first pixel to the last.
@@ -237,7 +239,8 @@ struct Tensor {
     Tensor() = default;
     Tensor(std::string n, Dtype d, std::vector<std::int64_t> s, const void* p)
         : name(std::move(n)), dtype(d), shape(std::move(s)), data(p) {}
-    Tensor(std::string n, std::vector<std::int64_t> s, const float* p) : Tensor(std::move(n), Dtype::float32, std::move(s), p) {}
+    Tensor(std::string n, std::vector<std::int64_t> s, const float* p)
+        : Tensor(std::move(n), Dtype::float32, std::move(s), p) {}
     Tensor(std::string n, std::vector<std::int64_t> s, const std::int64_t* p)
         : Tensor(std::move(n), Dtype::int64, std::move(s), p) {}
     Tensor(std::string n, std::vector<std::int64_t> s, const std::int32_t* p)
@@ -272,7 +275,8 @@ public:
         return take(hywu_deltas_create(detail::pointer(views), views.size(), &made), made);
     }
     // The weighted sum, exactly; `max_rank` 0: any.
-    static Returned<Deltas> blend(std::initializer_list<std::pair<const Deltas&, double>> parts, std::int64_t max_rank = 0) {
+    static Returned<Deltas> blend(std::initializer_list<std::pair<const Deltas&, double>> parts,
+                                  std::int64_t max_rank = 0) {
         std::vector<const hywu_deltas*> sets;
         std::vector<double> weights;
         for (const auto& [set, weight] : parts) {
@@ -280,7 +284,9 @@ public:
             weights.push_back(weight);
         }
         hywu_deltas* made = nullptr;
-        return take(hywu_deltas_blend(detail::pointer(sets), detail::pointer(weights), sets.size(), max_rank, &made), made);
+        return take(
+            hywu_deltas_blend(detail::pointer(sets), detail::pointer(weights), sets.size(), max_rank, &made),
+            made);
     }
     // One set for a batch, sample i using sets[i].
     static Returned<Deltas> stack(Span<const Deltas* const> sets) {
@@ -363,7 +369,8 @@ struct Sample {
     std::string negative_prompt = {};
 };
 
-// What hywu_edit_params says beside the samples. Vectors have one entry for all samples, or one for each; empty: the default.
+// What hywu_edit_params says beside the samples. Vectors have one entry for all samples, or one for each;
+// empty: the default.
 struct EditOptions {
     std::uint64_t seed = 0;
     std::vector<std::uint64_t> seeds;  // for each sample: what this seed alone gives
@@ -473,7 +480,8 @@ public:
         return detail::finish(status, [&] { return Images(made); });
     }
     // Into memory of the caller's, of exactly the pictures' size; gives their width and height.
-    Returned<std::pair<std::int32_t, std::int32_t>> edit_into(Span<const Sample> samples, Span<std::uint8_t> pixels,
+    Returned<std::pair<std::int32_t, std::int32_t>> edit_into(Span<const Sample> samples,
+                                                              Span<std::uint8_t> pixels,
                                                               const EditOptions& options = {}) {
         Call call(samples, options);
         if (call.refused) return detail::fail<std::pair<std::int32_t, std::int32_t>>(*call.refused);
@@ -515,12 +523,15 @@ public:
     std::vector<std::pair<std::string, double>> guidance() const {
         std::vector<std::pair<std::string, double>> result;
         double scale = 0;
-        while (const char* name = hywu_editor_guidance(get(), result.size(), &scale)) result.emplace_back(name, scale);
+        while (const char* name = hywu_editor_guidance(get(), result.size(), &scale))
+            result.emplace_back(name, scale);
         return result;
     }
-    Returned<std::pair<std::int32_t, std::int32_t>> working_size(std::int32_t width, std::int32_t height) const {
+    Returned<std::pair<std::int32_t, std::int32_t>> working_size(std::int32_t width,
+                                                                 std::int32_t height) const {
         std::int32_t w = 0, h = 0;
-        return detail::finish(hywu_editor_working_size(get(), width, height, &w, &h), [&] { return std::make_pair(w, h); });
+        return detail::finish(hywu_editor_working_size(get(), width, height, &w, &h),
+                              [&] { return std::make_pair(w, h); });
     }
     Returned<void> check(const Deltas& deltas, std::int64_t batch = 0) const {
         return detail::finish(hywu_deltas_check(deltas.get(), get(), batch));
@@ -595,13 +606,15 @@ private:
                 hywu_guidance entry = {};
                 entry.name = name.c_str();
                 guidance_values_.emplace_back();
-                if (!scales.empty()) entry.scales = per_sample("guidance", scales, guidance_values_.back(), count);
+                if (!scales.empty())
+                    entry.scales = per_sample("guidance", scales, guidance_values_.back(), count);
                 if (!scales.empty()) guidance_.push_back(entry);
             }
             params.guidance = detail::pointer(guidance_);
             params.guidance_count = guidance_.size();
             if (!options.delta_strength.empty()) {
-                params.delta_strengths = per_sample("delta_strength", options.delta_strength, strengths_, count);
+                params.delta_strengths =
+                    per_sample("delta_strength", options.delta_strength, strengths_, count);
             }
             for (const Deltas* set : options.deltas) deltas_.push_back(set != nullptr ? set->get() : nullptr);
             params.deltas = detail::pointer(deltas_);
@@ -634,13 +647,17 @@ private:
         }
 
     private:
-        // One value for all is repeated, so that the library sees one for each; another count is refused here.
+        // One value for all is repeated, so that the library sees one for each; another count is refused
+        // here.
         template <class T>
-        const T* per_sample(const char* name, const std::vector<T>& values, std::vector<T>& kept, std::size_t count) {
+        const T* per_sample(const char* name, const std::vector<T>& values, std::vector<T>& kept,
+                            std::size_t count) {
             kept = values.size() == 1 ? std::vector<T>(count, values[0]) : values;
             if (kept.size() == count) return kept.data();
-            refused = Error(Status::input, std::string("`") + name + "` has " + std::to_string(values.size()) + " entries",
-                            "Expected " + std::to_string(count) + ", one for each photo, or a single value", "Correct it");
+            refused = Error(Status::input,
+                            std::string("`") + name + "` has " + std::to_string(values.size()) + " entries",
+                            "Expected " + std::to_string(count) + ", one for each photo, or a single value",
+                            "Correct it");
             return nullptr;
         }
         std::int32_t tell(std::int32_t done, std::int32_t total) {
@@ -675,7 +692,8 @@ private:
 #endif
     };
 
-    Returned<Deltas> generate(const hywu_pixels* photo, const std::string& prompt, const EditOptions& options) {
+    Returned<Deltas> generate(const hywu_pixels* photo, const std::string& prompt,
+                              const EditOptions& options) {
         hywu_generate_params params = {};
         hywu_status status = hywu_generate_params_init(&params, sizeof params);
         std::vector<hywu_tensor> inputs;

@@ -55,8 +55,9 @@ LastError last_error() noexcept {
     const Kept& k = kept();
     if (!k.constant) return {k.status, k.text.c_str(), k.wrong.c_str(), k.expected.c_str(), k.remedy.c_str()};
     const char* const text =
-        k.status == HYWU_OK ? ""
-                            : "Memory ran out. Expected the request to fit. Use a smaller size or batch, or low_memory=True.";
+        k.status == HYWU_OK
+            ? ""
+            : "Memory ran out. Expected the request to fit. Use a smaller size or batch, or low_memory=True.";
     return {k.status, text, k.wrong_literal, k.expected_literal, k.remedy_literal};
 }
 
@@ -91,15 +92,18 @@ hywu_status keep_current() noexcept {
         return keep(error);
     } catch (const CallbackError& error) {
         try {
-            const std::string wrong = std::string("The ") + error.callback + " callback threw a C++ exception";
-            return keep(HYWU_ERROR_CALLBACK, wrong.c_str(), "Expected it to return", "Catch exceptions in the callback");
+            const std::string wrong =
+                std::string("The ") + error.callback + " callback threw a C++ exception";
+            return keep(HYWU_ERROR_CALLBACK, wrong.c_str(), "Expected it to return",
+                        "Catch exceptions in the callback");
         } catch (...) {
             return out_of_memory();
         }
     } catch (const std::bad_alloc&) {
         return out_of_memory();
     } catch (const std::exception& error) {
-        return keep(HYWU_ERROR_INTERNAL, error.what(), "Expected no such failure", "Report it with what led to it");
+        return keep(HYWU_ERROR_INTERNAL, error.what(), "Expected no such failure",
+                    "Report it with what led to it");
     } catch (...) {
         return keep(HYWU_ERROR_INTERNAL, "An unknown exception was thrown", "Expected no such failure",
                     "Report it with what led to it");
@@ -111,7 +115,8 @@ core::Error input_error(std::string wrong, std::string expected, std::string rem
 }
 
 void need(const void* pointer, const char* what) {
-    if (pointer == nullptr) throw input_error(std::string("`") + what + "` is NULL", "Expected a pointer", "Pass one");
+    if (pointer == nullptr)
+        throw input_error(std::string("`") + what + "` is NULL", "Expected a pointer", "Pass one");
 }
 
 }  // namespace hywu::api

@@ -48,7 +48,8 @@ struct hywu_cancel {
 
 namespace {
 
-constexpr std::size_t max_list = 65536;  // entries of any list but the batch: more is a length that was never set
+constexpr std::size_t max_list =
+    65536;  // entries of any list but the batch: more is a length that was never set
 constexpr int64_t max_bytes = int64_t{1} << 46;
 
 // ---- Defaults ----
@@ -91,7 +92,8 @@ void check_reserved(int32_t value, const char* what) {
 
 bool flag(int32_t value, const char* name) {
     if (value == 0 || value == 1) return value == 1;
-    throw input_error(std::string("`") + name + "` is " + std::to_string(value), "Expected 0 or 1", "Correct it");
+    throw input_error(std::string("`") + name + "` is " + std::to_string(value), "Expected 0 or 1",
+                      "Correct it");
 }
 
 void check_list(const void* list, std::size_t count, const char* name) {
@@ -102,10 +104,13 @@ void check_list(const void* list, std::size_t count, const char* name) {
     if (count != 0) need(list, name);
 }
 
-std::string entry(const char* name, std::size_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
+std::string entry(const char* name, std::size_t index) {
+    return std::string(name) + "[" + std::to_string(index) + "]";
+}
 
 // A text of a list; `lengths` may be NULL.
-std::vector<std::string> texts(const char* const* list, const std::size_t* lengths, std::size_t count, const char* name) {
+std::vector<std::string> texts(const char* const* list, const std::size_t* lengths, std::size_t count,
+                               const char* name) {
     std::vector<std::string> result;
     if (list == nullptr) return result;
     result.reserve(count);
@@ -179,7 +184,8 @@ runtime::NamedViews views(const hywu_tensor* tensors, std::size_t count, const c
 runtime::Photo photo(const hywu_pixels& pixels, const std::string& name) {
     need(pixels.data, (name + ".data").c_str());
     if (pixels.width < 1 || pixels.height < 1) {
-        throw input_error("`" + name + "` has " + std::to_string(pixels.width) + "x" + std::to_string(pixels.height) + " pixels",
+        throw input_error("`" + name + "` has " + std::to_string(pixels.width) + "x" +
+                              std::to_string(pixels.height) + " pixels",
                           "Expected at least one", "Give another photo");
     }
     const std::size_t row = static_cast<std::size_t>(pixels.width) * 3;
@@ -210,7 +216,9 @@ runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit
     const hywu_edit_params params = api::read_struct(given, edit_defaults(), {}, "hywu_edit_params");
     check_reserved(params.reserved, "hywu_edit_params");
     const std::size_t count = params.count;
-    if (count == 0) throw input_error("There is no request", "Expected photos with their instructions", "Give at least one");
+    if (count == 0)
+        throw input_error("There is no request", "Expected photos with their instructions",
+                          "Give at least one");
     if (editor.limits().edits) editor.check_batch(count);  // before the lists are read
     runtime::EditOptions options;
     options.count = count;
@@ -232,7 +240,8 @@ runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit
     options.strengths = values(params.delta_strength, params.delta_strengths, count);
     if (params.delta_count > 1 && params.delta_count != count) {
         throw input_error("`deltas` has " + std::to_string(params.delta_count) + " entries",
-                          "Expected 1, or " + std::to_string(count) + ", one set for each photo", "Correct `delta_count`");
+                          "Expected 1, or " + std::to_string(count) + ", one set for each photo",
+                          "Correct `delta_count`");
     }
     check_list(params.deltas, params.delta_count, "deltas");
     for (std::size_t i = 0; i < params.delta_count; ++i) {
@@ -246,7 +255,8 @@ runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit
     if (params.latents != nullptr) options.latents = view(*params.latents, "latents");
     options.inputs = views(params.inputs, params.input_count, "inputs");
     if (params.progress != nullptr) {
-        options.progress = [callback = params.progress, user = params.progress_user](std::size_t done, std::size_t total) {
+        options.progress = [callback = params.progress, user = params.progress_user](std::size_t done,
+                                                                                     std::size_t total) {
             int32_t stop = 0;
             try {
                 stop = callback(user, static_cast<int32_t>(done), static_cast<int32_t>(total));
@@ -376,7 +386,8 @@ const char* hywu_last_error_part(int32_t part) {
 hywu_status hywu_set_log(hywu_log_callback callback, void* user, int32_t level) {
     return guard([&] {
         if (level < HYWU_LOG_DEBUG || level > HYWU_LOG_OFF) {
-            throw input_error("`level` is " + std::to_string(level), "Expected one of HYWU_LOG_…", "Correct it");
+            throw input_error("`level` is " + std::to_string(level), "Expected one of HYWU_LOG_…",
+                              "Correct it");
         }
         core::LogSink sink;
         if (callback != nullptr) {
@@ -395,7 +406,8 @@ hywu_status hywu_set_log(hywu_log_callback callback, void* user, int32_t level) 
 // ---- Bundles ----
 
 hywu_status hywu_bundle_params_init(hywu_bundle_params* params, size_t struct_size) {
-    return guard([&] { api::write_struct(params, struct_size, bundle_defaults(), {}, "hywu_bundle_params"); });
+    return guard(
+        [&] { api::write_struct(params, struct_size, bundle_defaults(), {}, "hywu_bundle_params"); });
 }
 
 hywu_status hywu_bundle_open(const char* path, const hywu_bundle_params* params, hywu_bundle** bundle) {
@@ -414,7 +426,8 @@ const char* hywu_bundle_name(const hywu_bundle* bundle) {
 const char* hywu_bundle_variant(const hywu_bundle* bundle, size_t index) {
     if (bundle == nullptr) return nullptr;
     const auto& variants = bundle->shared.bundle->manifest().variants;
-    return index < variants.size() ? (variants.begin() + static_cast<std::ptrdiff_t>(index))->first.c_str() : nullptr;
+    return index < variants.size() ? (variants.begin() + static_cast<std::ptrdiff_t>(index))->first.c_str()
+                                   : nullptr;
 }
 
 // ---- Editors ----
@@ -443,7 +456,8 @@ const char* hywu_backend_missing(const char* name) {
 }
 
 hywu_status hywu_editor_params_init(hywu_editor_params* params, size_t struct_size) {
-    return guard([&] { api::write_struct(params, struct_size, editor_defaults(), {}, "hywu_editor_params"); });
+    return guard(
+        [&] { api::write_struct(params, struct_size, editor_defaults(), {}, "hywu_editor_params"); });
 }
 
 hywu_status hywu_editor_create(hywu_bundle* bundle, const hywu_editor_params* params, hywu_editor** editor) {
@@ -468,7 +482,9 @@ hywu_status hywu_editor_warm_up(hywu_editor* editor) {
     return guard([&] { held(editor)->warm_up(); });
 }
 
-const char* hywu_editor_backend(const hywu_editor* editor) { return editor == nullptr ? "" : editor->backend.c_str(); }
+const char* hywu_editor_backend(const hywu_editor* editor) {
+    return editor == nullptr ? "" : editor->backend.c_str();
+}
 
 hywu_status hywu_editor_limits(const hywu_editor* editor, hywu_limits* limits) {
     return guard([&] {
@@ -533,8 +549,8 @@ hywu_status hywu_editor_steps(const hywu_editor* editor, const char* sampler, in
     });
 }
 
-hywu_status hywu_editor_working_size(const hywu_editor* editor, int32_t width, int32_t height, int32_t* working_width,
-                                     int32_t* working_height) {
+hywu_status hywu_editor_working_size(const hywu_editor* editor, int32_t width, int32_t height,
+                                     int32_t* working_width, int32_t* working_height) {
     return guard([&] {
         const auto found = held(editor);
         need(working_width, "working_width");
@@ -577,7 +593,8 @@ hywu_status hywu_editor_graph_time(hywu_editor* editor, size_t index, const char
         const runtime::Timings timings = found->timings();
         if (index >= timings.graphs.size()) {
             throw input_error("There is no graph " + std::to_string(index) + " in the last request",
-                              "It ran " + std::to_string(timings.graphs.size()), "See graph_count of hywu_editor_timings");
+                              "It ran " + std::to_string(timings.graphs.size()),
+                              "See graph_count of hywu_editor_timings");
         }
         // The manifest's own copy of the name lives as long as the editor.
         for (const auto& [name, unused] : found->bundle().manifest().graphs) {
@@ -594,7 +611,8 @@ hywu_status hywu_editor_step_time(hywu_editor* editor, size_t index, double* sec
         const runtime::Timings timings = found->timings();
         if (index >= timings.steps.size()) {
             throw input_error("There is no evaluation " + std::to_string(index) + " in the last request",
-                              "It had " + std::to_string(timings.steps.size()), "See step_count of hywu_editor_timings");
+                              "It had " + std::to_string(timings.steps.size()),
+                              "See step_count of hywu_editor_timings");
         }
         *seconds = timings.steps[index];
     });
@@ -667,8 +685,8 @@ hywu_status hywu_images_get(const hywu_images* images, size_t index, hywu_pixels
         need(pixels, "pixels");
         const core::Shape& shape = images->pixels.shape();
         if (index >= static_cast<size_t>(shape[0])) {
-            throw input_error("There is no picture " + std::to_string(index), "There are " + std::to_string(shape[0]),
-                              "Choose one of these");
+            throw input_error("There is no picture " + std::to_string(index),
+                              "There are " + std::to_string(shape[0]), "Choose one of these");
         }
         const auto row = static_cast<size_t>(shape[2] * shape[3]);
         *pixels = {images->pixels.as<unsigned char>() + index * row * static_cast<size_t>(shape[1]),
@@ -679,7 +697,8 @@ hywu_status hywu_images_get(const hywu_images* images, size_t index, hywu_pixels
 void hywu_images_free(hywu_images* images) { delete images; }
 
 hywu_status hywu_generate_params_init(hywu_generate_params* params, size_t struct_size) {
-    return guard([&] { api::write_struct(params, struct_size, generate_defaults(), {}, "hywu_generate_params"); });
+    return guard(
+        [&] { api::write_struct(params, struct_size, generate_defaults(), {}, "hywu_generate_params"); });
 }
 
 hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* given, hywu_deltas** deltas) {
@@ -687,10 +706,12 @@ hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* given
         const auto found = held(editor);
         need(given, "params");
         need(deltas, "deltas");
-        const hywu_generate_params params = api::read_struct(given, generate_defaults(), {}, "hywu_generate_params");
+        const hywu_generate_params params =
+            api::read_struct(given, generate_defaults(), {}, "hywu_generate_params");
         runtime::GenerateOptions options;
         if (params.photo != nullptr) options.photo = photo(*params.photo, "photo");
-        if (params.prompt != nullptr) options.prompt = texts(&params.prompt, &params.prompt_length, 1, "prompt")[0];
+        if (params.prompt != nullptr)
+            options.prompt = texts(&params.prompt, &params.prompt_length, 1, "prompt")[0];
         options.size = size(params.width, params.height);
         options.inputs = views(params.inputs, params.input_count, "inputs");
         options.cancelled = cancelled(params.cancel);
@@ -706,7 +727,8 @@ hywu_status hywu_deltas_create(const hywu_tensor* tensors, size_t count, hywu_de
         std::map<std::string, core::Array> arrays;
         for (const auto& [name, given] : views(tensors, count, "tensors")) {
             if (!arrays.emplace(name, core::Array(given.dtype, given.shape, given.data)).second) {
-                throw core::Error(core::ErrorKind::delta, "Delta " + core::show(name, 200) + " is given twice",
+                throw core::Error(core::ErrorKind::delta,
+                                  "Delta " + core::show(name, 200) + " is given twice",
                                   "Expected each name once", "Leave one out");
             }
         }
@@ -730,17 +752,19 @@ hywu_status hywu_deltas_save(const hywu_deltas* deltas, const char* path) {
     });
 }
 
-hywu_status hywu_deltas_blend(const hywu_deltas* const* sets, const double* weights, size_t count, int64_t max_rank,
-                              hywu_deltas** deltas) {
+hywu_status hywu_deltas_blend(const hywu_deltas* const* sets, const double* weights, size_t count,
+                              int64_t max_rank, hywu_deltas** deltas) {
     return guard([&] {
         need(deltas, "deltas");
         const std::vector<const core::Deltas*> parts = sets_of(sets, count);
         check_list(weights, count, "weights");
         if (max_rank < 0) {
-            throw input_error("`max_rank` is " + std::to_string(max_rank), "Expected a rank, or 0 for any", "Correct it");
+            throw input_error("`max_rank` is " + std::to_string(max_rank), "Expected a rank, or 0 for any",
+                              "Correct it");
         }
-        give_deltas(deltas, core::Deltas::blend(parts, std::vector<double>(weights, weights + count),
-                                                max_rank == 0 ? std::nullopt : std::optional<int64_t>(max_rank)));
+        give_deltas(deltas,
+                    core::Deltas::blend(parts, std::vector<double>(weights, weights + count),
+                                        max_rank == 0 ? std::nullopt : std::optional<int64_t>(max_rank)));
     });
 }
 
@@ -764,20 +788,22 @@ hywu_status hywu_deltas_check(const hywu_deltas* deltas, const hywu_editor* edit
         need(deltas, "deltas");
         const auto found = held(editor);
         if (batch < 0) {
-            throw input_error("`batch` is " + std::to_string(batch), "Expected a number of samples, or 0 for any",
-                              "Correct it");
+            throw input_error("`batch` is " + std::to_string(batch),
+                              "Expected a number of samples, or 0 for any", "Correct it");
         }
         const auto& spec = found->bundle().manifest().deltas;
         if (!spec) {
-            throw core::Error(core::ErrorKind::delta, "This bundle takes no deltas", "It was exported without targets",
-                              "Leave them out, or export with targets");
+            throw core::Error(core::ErrorKind::delta, "This bundle takes no deltas",
+                              "It was exported without targets", "Leave them out, or export with targets");
         }
         deltas->deltas.pad(*spec).check(*spec, batch == 0 ? std::nullopt : std::optional<int64_t>(batch));
     });
 }
 
 int64_t hywu_deltas_rank(const hywu_deltas* deltas) { return deltas == nullptr ? 0 : deltas->deltas.rank(); }
-int64_t hywu_deltas_batch(const hywu_deltas* deltas) { return deltas == nullptr ? 0 : deltas->deltas.batch(); }
+int64_t hywu_deltas_batch(const hywu_deltas* deltas) {
+    return deltas == nullptr ? 0 : deltas->deltas.batch();
+}
 size_t hywu_deltas_count(const hywu_deltas* deltas) { return deltas == nullptr ? 0 : deltas->deltas.size(); }
 
 hywu_status hywu_deltas_tensor(const hywu_deltas* deltas, size_t index, hywu_tensor* tensor) {

@@ -21,12 +21,13 @@ size_t bytes_of(core::Dtype dtype, const std::vector<int64_t>& shape) {
 
 // One after the other; copies go through the host.
 class Sequence final : public Binding {
-  public:
+public:
     Sequence(std::vector<Binding*> bindings, std::vector<std::pair<DeviceTensor*, DeviceTensor*>> copies)
         : bindings_(std::move(bindings)), copies_(std::move(copies)) {
         size_t largest = 0;
         for (const auto& [from, to] : copies_) {
-            if (from->bytes() != to->bytes()) throw std::logic_error("a copy between tensors of different sizes");
+            if (from->bytes() != to->bytes())
+                throw std::logic_error("a copy between tensors of different sizes");
             largest = std::max(largest, from->bytes());
         }
         host_.resize(largest);
@@ -39,7 +40,7 @@ class Sequence final : public Binding {
         }
     }
 
-  private:
+private:
     std::vector<Binding*> bindings_;
     std::vector<std::pair<DeviceTensor*, DeviceTensor*>> copies_;
     std::vector<std::byte> host_;

@@ -35,11 +35,13 @@ std::vector<Entry> all_entries() {
 #endif
     std::vector<Entry> result;
     for (const std::string_view name : order) {
-        const auto found = std::find_if(built.begin(), built.end(), [&](const Entry& e) { return e.name == name; });
+        const auto found =
+            std::find_if(built.begin(), built.end(), [&](const Entry& e) { return e.name == name; });
         if (found != built.end()) {
             result.push_back(std::move(*found));
         } else {
-            result.push_back({std::string(name), [] { return std::string("this library was built without it"); }, nullptr});
+            result.push_back({std::string(name),
+                              [] { return std::string("this library was built without it"); }, nullptr});
         }
     }
     return result;
@@ -80,7 +82,8 @@ const Entry& choose(std::string_view name) {
     }
     if (wanted != nullptr) {
         throw Error(ErrorKind::device, "Backend " + wanted->name + " cannot be used: " + *wanted->missing(),
-                    "Usable here: " + (usable.empty() ? "none" : usable), "Choose one of these, or backend=\"auto\"");
+                    "Usable here: " + (usable.empty() ? "none" : usable),
+                    "Choose one of these, or backend=\"auto\"");
     }
     if (best == nullptr) {
         throw Error(ErrorKind::device, "No backend can be used", reasons, "Install ONNX Runtime or TensorRT");

@@ -27,7 +27,8 @@ struct Entry {
     std::function<std::unique_ptr<Backend>(const Options&)> create;
 };
 
-// All backends, best first: tensorrt, tensorrt-rtx, ort-cuda, ort-cpu. Those that this library was built without say so.
+// All backends, best first: tensorrt, tensorrt-rtx, ort-cuda, ort-cpu. Those that this library was built
+// without say so.
 const std::vector<Entry>& entries();
 
 // The backend's entry; for `auto` the best that can be used. Throws Error(input) for an unknown name,

@@ -24,8 +24,9 @@ using core::show;
 
 namespace {
 
-constexpr std::size_t max_noise = std::size_t{1} << 30;  // above any latents: a damaged manifest must not take hours
-constexpr std::int64_t max_pixels = 89'478'485;          // Pillow's own limit against decompression bombs
+constexpr std::size_t max_noise = std::size_t{1}
+                                  << 30;         // above any latents: a damaged manifest must not take hours
+constexpr std::int64_t max_pixels = 89'478'485;  // Pillow's own limit against decompression bombs
 
 // A number as Python writes it.
 std::string number_text(double value) {
@@ -39,17 +40,21 @@ std::string number_text(double value) {
 
 void check_number(const std::string& name, double value) {
     if (std::abs(value) <= std::numeric_limits<float>::max()) return;
-    if (std::isfinite(value) && std::isfinite(static_cast<float>(value))) return;  // rounds down to the largest float
-    throw Error(ErrorKind::input, "`" + name + "` is " + number_text(value), "Expected a finite number", "Correct it");
+    if (std::isfinite(value) && std::isfinite(static_cast<float>(value)))
+        return;  // rounds down to the largest float
+    throw Error(ErrorKind::input, "`" + name + "` is " + number_text(value), "Expected a finite number",
+                "Correct it");
 }
 
 // One value for every sample.
-std::vector<double> per_sample(const std::string& name, const std::vector<double>& values, std::size_t count) {
+std::vector<double> per_sample(const std::string& name, const std::vector<double>& values,
+                               std::size_t count) {
     for (const double value : values) check_number(name, value);
     if (values.size() == count) return values;
     if (values.size() == 1) return std::vector<double>(count, values[0]);
     throw Error(ErrorKind::input, "`" + name + "` has " + std::to_string(values.size()) + " entries",
-                "Expected " + std::to_string(count) + ", one for each photo, or a single value", "Correct it");
+                "Expected " + std::to_string(count) + ", one for each photo, or a single value",
+                "Correct it");
 }
 
 float from_half(std::uint16_t half) {
@@ -72,11 +77,12 @@ float from_half(std::uint16_t half) {
 Array floats(const std::string& name, const View& view) {
     const auto refuse = [&] {
         return Error(ErrorKind::input,
-                     "`" + name + "` is " + std::string(core::name(view.dtype)) + " " + shape_text(view.shape) +
-                         ", or not finite",
+                     "`" + name + "` is " + std::string(core::name(view.dtype)) + " " +
+                         shape_text(view.shape) + ", or not finite",
                      "Expected finite float32 numbers", "Correct the array");
     };
-    if (view.dtype != Dtype::float16 && view.dtype != Dtype::float32 && view.dtype != Dtype::float64) throw refuse();
+    if (view.dtype != Dtype::float16 && view.dtype != Dtype::float32 && view.dtype != Dtype::float64)
+        throw refuse();
     Array result(Dtype::float32, view.shape);
     float* const out = result.as<float>();
     const auto* const bytes = static_cast<const std::byte*>(view.data);
@@ -112,7 +118,8 @@ void check_noise(const core::Shape& shape) {
         numbers = std::numeric_limits<std::size_t>::max();
     }
     if (numbers <= max_noise) return;
-    throw Error(ErrorKind::bundle, "The bundle asks for " + std::to_string(numbers) + " random numbers at once",
+    throw Error(ErrorKind::bundle,
+                "The bundle asks for " + std::to_string(numbers) + " random numbers at once",
                 "Expected at most " + std::to_string(max_noise),
                 "Use a smaller size or batch; if it is as small as can be, the bundle is damaged");
 }
@@ -131,10 +138,12 @@ bool needs_axes(const core::ProvidedTensor& tensor) { return tensor.draw || tens
 
 // A column of the schedule by evaluation.
 StepInput column(const std::string& name, const core::ProvidedTensor& tensor, const core::Rows& rows) {
-    if (tensor.column == core::Column::timesteps) return {name, [&rows](std::size_t k) { return &rows.timesteps[k]; }};
+    if (tensor.column == core::Column::timesteps)
+        return {name, [&rows](std::size_t k) { return &rows.timesteps[k]; }};
     if (tensor.shape.size() != 1 || tensor.shape[0].size != static_cast<std::int64_t>(rows.width)) {
         throw Error(ErrorKind::bundle, "The schedule has " + std::to_string(rows.width) + " coefficients",
-                    "Expected " + shape_text(tensor.shape) + ", as tensor " + show(name), "Export the bundle again");
+                    "Expected " + shape_text(tensor.shape) + ", as tensor " + show(name),
+                    "Export the bundle again");
     }
     return {name, [&rows](std::size_t k) { return rows.row(k); }};
 }
@@ -152,12 +161,13 @@ struct Editor::Samples {
 };
 
 class Editor::Turn {
-  public:
+public:
     explicit Turn(Editor& editor) : editor_(editor) {
         const std::thread::id self = std::this_thread::get_id();
         if (editor.owner_.load(std::memory_order_relaxed) == self) {
             throw Error(ErrorKind::input, "The editor is called from its own callback",
-                        "Expected a call after the one that runs", "Use another editor, or call when it has returned");
+                        "Expected a call after the one that runs",
+                        "Use another editor, or call when it has returned");
         }
         editor.mutex_.lock();
         editor.owner_.store(self, std::memory_order_relaxed);
@@ -169,7 +179,7 @@ class Editor::Turn {
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
-  private:
+private:
     Editor& editor_;
 };
 
@@ -192,7 +202,8 @@ std::string sharing_words(const EditorOptions& options, std::string_view backend
 
 std::shared_ptr<const core::Bundle> with_variant(const SharedBundle& shared, const EditorOptions& options) {
     if (options.variant) {
-        for (const auto& [name, graph] : shared.bundle->manifest().graphs) shared.bundle->graph_file(name, options.variant);
+        for (const auto& [name, graph] : shared.bundle->manifest().graphs)
+            shared.bundle->graph_file(name, options.variant);
     }
     return shared.bundle;
 }
@@ -216,11 +227,12 @@ std::string choose_engine(const core::Manifest& manifest, const backends::Backen
         if (!reason) return key;
         reasons += (reasons.empty() ? "" : "; ") + show(key) + " " + *reason;
     }
-    throw Error(ErrorKind::engine,
-                "The bundle has no engine that " + std::string(backend.name()) + " can run here" +
-                    (reasons.empty() ? "" : ": " + reasons),
-                variant ? "Expected one of variant " + show(*variant) : "Expected one of the bundle's own graphs",
-                "Build it on this machine with `hywu build`, or use another backend");
+    throw Error(
+        ErrorKind::engine,
+        "The bundle has no engine that " + std::string(backend.name()) + " can run here" +
+            (reasons.empty() ? "" : ": " + reasons),
+        variant ? "Expected one of variant " + show(*variant) : "Expected one of the bundle's own graphs",
+        "Build it on this machine with `hywu build`, or use another backend");
 }
 
 Editor::Editor(SharedBundle shared, const EditorOptions& options)
@@ -231,13 +243,15 @@ Editor::Editor(SharedBundle shared, std::shared_ptr<backends::Backend> backend, 
     : shared_(std::move(shared)),
       manifest_(with_variant(shared_, options)->manifest()),
       backend_(backend ? std::move(backend) : backends::create_backend(options.backend, options.device)),
-      executor_(shared_.bundle, backend_, shared_.sessions,
-                executor_options(manifest_, *backend_,
-                                 sharing.empty() ? sharing_words(options, backend_->name()) : sharing, options)) {
+      executor_(
+          shared_.bundle, backend_, shared_.sessions,
+          executor_options(manifest_, *backend_,
+                           sharing.empty() ? sharing_words(options, backend_->name()) : sharing, options)) {
     for (const auto& [name, entry] : manifest_.tokenizers) {
         encoders_[name] = std::make_unique<text::PromptEncoder>(shared_.bundle->file(entry.file), entry);
     }
-    if (manifest_.schedules) schedule_.emplace(shared_.bundle->file(manifest_.schedules->file), *manifest_.schedules);
+    if (manifest_.schedules)
+        schedule_.emplace(shared_.bundle->file(manifest_.schedules->file), *manifest_.schedules);
 
     if (const core::Axis* batch = manifest_.axes.find("batch")) {
         limits_.batch_min = batch->min.value_or(1);
@@ -262,8 +276,8 @@ Editor::Editor(SharedBundle shared, std::shared_ptr<backends::Backend> backend, 
 
 void Editor::edit(const EditOptions& options, const Place& place) {
     if (!manifest_.results.image) {
-        throw Error(ErrorKind::unsupported, "This bundle makes no images", "It holds a generator of deltas alone",
-                    "Use `generate`, or export with a base");
+        throw Error(ErrorKind::unsupported, "This bundle makes no images",
+                    "It holds a generator of deltas alone", "Use `generate`, or export with a base");
     }
     const std::string& image = *manifest_.results.image;
     Samples batch = samples(options.count, options.photos, options.size);
@@ -287,7 +301,8 @@ void Editor::edit(const EditOptions& options, const Place& place) {
     bool guided = !manifest_.guidance.empty();
     for (const core::Guidance& guidance : manifest_.guidance) {
         const std::vector<double>& values = batch.scales.at(guidance.name);
-        guided &= std::any_of(values.begin(), values.end(), [&](double scale) { return guidance.satisfied(scale); });
+        guided &= std::any_of(values.begin(), values.end(),
+                              [&](double scale) { return guidance.satisfied(scale); });
     }
     std::set<std::string> names;
     for (const auto& [name, view] : inputs) names.insert(name);
@@ -330,7 +345,8 @@ core::Deltas Editor::generate(const GenerateOptions& options) {
     }
     check_batch(count);
     Samples batch =
-        samples(count, options.photo ? std::vector<Photo>(count, *options.photo) : std::vector<Photo>(), options.size);
+        samples(count, options.photo ? std::vector<Photo>(count, *options.photo) : std::vector<Photo>(),
+                options.size);
     batch.prompts.assign(count, options.prompt);
     batch.negative_prompts.assign(count, "");
     for (std::size_t i = 0; i < count; ++i) batch.seeds.push_back({0, static_cast<std::uint32_t>(i)});
@@ -355,7 +371,8 @@ core::Deltas Editor::generate(const GenerateOptions& options) {
     for (const auto& [name, array] : made) {
         const float* values = array.as<float>();
         if (std::all_of(values, values + array.size(), [](float x) { return std::isfinite(x); })) continue;
-        throw Error(ErrorKind::delta, "The generator made values of " + show(name, 200) + " that are not finite",
+        throw Error(ErrorKind::delta,
+                    "The generator made values of " + show(name, 200) + " that are not finite",
                     "Expected finite numbers", "Check the bundle and the request's inputs");
     }
     return core::Deltas(std::move(made));
@@ -365,16 +382,18 @@ void Editor::warm_up() {
     const bool guided = !manifest_.guidance.empty() &&
                         std::all_of(manifest_.guidance.begin(), manifest_.guidance.end(),
                                     [](const core::Guidance& g) { return g.satisfied(g.default_scale); });
-    const Plan plan = make_plan(
-        manifest_, manifest_.results.image ? std::vector<std::string>{*manifest_.results.image} : manifest_.results.deltas,
-        {}, guided);
+    const Plan plan = make_plan(manifest_,
+                                manifest_.results.image ? std::vector<std::string>{*manifest_.results.image}
+                                                        : manifest_.results.deltas,
+                                {}, guided);
     {
         const Turn turn(*this);
         executor_.load(plan);
     }
-    const bool missing = std::any_of(plan.provided.begin(), plan.provided.end(), [&](const std::string& name) {
-        return manifest_.tensors.at(name).source == core::TensorSource::input;
-    });
+    const bool missing =
+        std::any_of(plan.provided.begin(), plan.provided.end(), [&](const std::string& name) {
+            return manifest_.tensors.at(name).source == core::TensorSource::input;
+        });
     if (!manifest_.results.image || missing) return;
     const std::int64_t side = manifest_.image ? manifest_.image->min : 64;
     const Array gray = [&] {
@@ -395,21 +414,26 @@ void Editor::warm_up() {
 
 Size Editor::working_size(std::int64_t width, std::int64_t height, const std::optional<Size>& wanted) const {
     if (width < 1 || height < 1) {
-        throw Error(ErrorKind::input,
-                    "The photo is an array uint8 [" + std::to_string(height) + ", " + std::to_string(width) + ", 3]",
-                    "Expected uint8 [H, W, 3]", "Give a photo with pixels");
+        throw Error(
+            ErrorKind::input,
+            "The photo is an array uint8 [" + std::to_string(height) + ", " + std::to_string(width) + ", 3]",
+            "Expected uint8 [H, W, 3]", "Give a photo with pixels");
     }
     if (width > max_pixels || height > max_pixels || width * height > max_pixels) {
-        throw Error(ErrorKind::input, "The photo has " + std::to_string(width) + "x" + std::to_string(height) + " pixels",
+        throw Error(ErrorKind::input,
+                    "The photo has " + std::to_string(width) + "x" + std::to_string(height) + " pixels",
                     "Expected at most " + std::to_string(max_pixels), "Make it smaller");
     }
     if (!manifest_.image) return {width, height};
     std::optional<std::pair<int, int>> size;
     if (wanted) {
-        const auto whole = [](std::int64_t n) { return static_cast<int>(std::clamp<std::int64_t>(n, -1, 1 << 30)); };
+        const auto whole = [](std::int64_t n) {
+            return static_cast<int>(std::clamp<std::int64_t>(n, -1, 1 << 30));
+        };
         size.emplace(whole(wanted->width), whole(wanted->height));
     }
-    const auto [w, h] = images::working_size(*manifest_.image, static_cast<int>(width), static_cast<int>(height), size);
+    const auto [w, h] =
+        images::working_size(*manifest_.image, static_cast<int>(width), static_cast<int>(height), size);
     return {w, h};
 }
 
@@ -420,14 +444,18 @@ Timings Editor::timings() {
 
 Editor::Memory Editor::memory() {
     const Turn turn(*this);
-    return {executor_.buffer_bytes(), executor_.constant_bytes(), executor_.session_count(), shared_.sessions->size()};
+    return {executor_.buffer_bytes(), executor_.constant_bytes(), executor_.session_count(),
+            shared_.sessions->size()};
 }
 
 void Editor::check_batch(std::size_t count) const {
-    if (count >= static_cast<std::size_t>(limits_.batch_min) && count <= static_cast<std::size_t>(limits_.batch_max)) return;
-    throw Error(ErrorKind::input, "The batch has " + std::to_string(count) + " photos",
-                "This bundle takes " + std::to_string(limits_.batch_min) + " to " + std::to_string(limits_.batch_max),
-                "Split the batch");
+    if (count >= static_cast<std::size_t>(limits_.batch_min) &&
+        count <= static_cast<std::size_t>(limits_.batch_max))
+        return;
+    throw Error(
+        ErrorKind::input, "The batch has " + std::to_string(count) + " photos",
+        "This bundle takes " + std::to_string(limits_.batch_min) + " to " + std::to_string(limits_.batch_max),
+        "Split the batch");
 }
 
 Editor::Samples Editor::samples(std::size_t count, const std::vector<Photo>& photos,
@@ -442,13 +470,13 @@ Editor::Samples Editor::samples(std::size_t count, const std::vector<Photo>& pho
         Array rgb(Dtype::uint8, {photo.height, photo.width, 3});
         const std::size_t row = static_cast<std::size_t>(photo.width) * 3;
         for (std::int64_t y = 0; y < photo.height; ++y) {
-            std::memcpy(rgb.data() + static_cast<std::size_t>(y) * row, photo.data + static_cast<std::size_t>(y) * photo.stride,
-                        row);
+            std::memcpy(rgb.data() + static_cast<std::size_t>(y) * row,
+                        photo.data + static_cast<std::size_t>(y) * photo.stride, row);
         }
         if (target.width != photo.width || target.height != photo.height) {
-            const std::vector<std::uint8_t> resized =
-                images::resize_lanczos(rgb.as<unsigned char>(), static_cast<int>(photo.width), static_cast<int>(photo.height),
-                                       static_cast<int>(target.width), static_cast<int>(target.height));
+            const std::vector<std::uint8_t> resized = images::resize_lanczos(
+                rgb.as<unsigned char>(), static_cast<int>(photo.width), static_cast<int>(photo.height),
+                static_cast<int>(target.width), static_cast<int>(target.height));
             rgb = Array(Dtype::uint8, {target.height, target.width, 3}, resized.data());
         }
         result.pixels.push_back(std::move(rgb));
@@ -458,7 +486,8 @@ Editor::Samples Editor::samples(std::size_t count, const std::vector<Photo>& pho
 
 std::map<std::string, std::vector<double>> Editor::scales(const EditOptions& options) const {
     std::map<std::string, std::vector<double>> result;
-    for (const core::Guidance& guidance : manifest_.guidance) result[guidance.name] = {guidance.default_scale};
+    for (const core::Guidance& guidance : manifest_.guidance)
+        result[guidance.name] = {guidance.default_scale};
     for (const auto& [name, values] : options.guidance) {
         const auto found = result.find(name);
         if (found == result.end()) {
@@ -473,7 +502,8 @@ std::map<std::string, std::vector<double>> Editor::scales(const EditOptions& opt
     return result;
 }
 
-NamedViews Editor::given(const NamedViews& inputs, const std::optional<View>& latents, std::vector<Array>& kept) const {
+NamedViews Editor::given(const NamedViews& inputs, const std::optional<View>& latents,
+                         std::vector<Array>& kept) const {
     std::set<std::string> late;
     for (const core::Call& call : manifest_.program) {
         if (call.phase != core::Phase::step) continue;
@@ -488,7 +518,8 @@ NamedViews Editor::given(const NamedViews& inputs, const std::optional<View>& la
     }
     NamedViews result;
     const auto position = [&](const std::string& name) {
-        return std::find_if(result.begin(), result.end(), [&](const auto& entry) { return entry.first == name; });
+        return std::find_if(result.begin(), result.end(),
+                            [&](const auto& entry) { return entry.first == name; });
     };
     for (const auto& [name, view] : inputs) {
         if (manifest_.signatures.count(name) == 0 || late.count(name)) {
@@ -497,8 +528,8 @@ NamedViews Editor::given(const NamedViews& inputs, const std::optional<View>& la
                         "See `hywu inspect`");
         }
         if (position(name) != result.end()) {
-            throw Error(ErrorKind::input, "The input " + show(name) + " is given twice", "Expected each name once",
-                        "Leave one out");
+            throw Error(ErrorKind::input, "The input " + show(name) + " is given twice",
+                        "Expected each name once", "Leave one out");
         }
         result.emplace_back(name, view);
     }
@@ -508,7 +539,8 @@ NamedViews Editor::given(const NamedViews& inputs, const std::optional<View>& la
             if (tensor.draw == core::Draw::initial) names.push_back(name);
         }
         if (names.size() != 1) {
-            throw Error(ErrorKind::input, "This bundle draws " + std::to_string(names.size()) + " initial noise tensors",
+            throw Error(ErrorKind::input,
+                        "This bundle draws " + std::to_string(names.size()) + " initial noise tensors",
                         "`latents` stands for exactly one", "Give them by name as `inputs`");
         }
         kept.push_back(floats("latents", *latents));
@@ -538,7 +570,8 @@ core::Deltas Editor::checked(const std::vector<const core::Deltas*>& deltas, std
         result = core::Deltas::stack(sets).pad(spec);
     } else {
         throw Error(ErrorKind::delta, "`deltas` is a list of " + std::to_string(deltas.size()),
-                    "Expected a Deltas, or a list of " + std::to_string(batch) + " of them", "Give one set for each photo");
+                    "Expected a Deltas, or a list of " + std::to_string(batch) + " of them",
+                    "Give one set for each photo");
     }
     result.check(spec, static_cast<std::int64_t>(batch));
     return result;
@@ -551,7 +584,8 @@ void Editor::add_absent(const Plan& plan, const std::vector<double>& strengths, 
     const core::DeltaSpec& spec = *manifest_.deltas;
     if (std::any_of(strengths.begin(), strengths.end(), [](double s) { return s != 0; })) {
         throw Error(ErrorKind::delta, "This bundle has no generator, and no deltas were given",
-                    "It takes " + std::to_string(spec.targets.size()) + " targets of rank " + std::to_string(spec.rank),
+                    "It takes " + std::to_string(spec.targets.size()) + " targets of rank " +
+                        std::to_string(spec.rank),
                     "Give `deltas`, or delta_strength=0 for the base model");
     }
     for (const std::string& name : plan.absent) {
@@ -562,15 +596,16 @@ void Editor::add_absent(const Plan& plan, const std::vector<double>& strengths, 
     }
 }
 
-void Editor::run(const Plan& plan, const Samples& batch, const NamedViews& given, const std::optional<core::Rows>& rows,
-                 std::vector<std::string> finite, const EditOptions& options,
-                 const std::function<void(const Axes&)>& ready,
+void Editor::run(const Plan& plan, const Samples& batch, const NamedViews& given,
+                 const std::optional<core::Rows>& rows, std::vector<std::string> finite,
+                 const EditOptions& options, const std::function<void(const Axes&)>& ready,
                  const std::function<void(const std::string&, backends::DeviceTensor&)>& result) {
     std::vector<Array> kept;  // what the views below look at
     Request request;
     std::vector<std::pair<std::string, const core::ProvidedTensor*>> sized;
     for (const std::string& name : plan.provided) {
-        if (std::any_of(given.begin(), given.end(), [&](const auto& entry) { return entry.first == name; })) continue;
+        if (std::any_of(given.begin(), given.end(), [&](const auto& entry) { return entry.first == name; }))
+            continue;
         const core::ProvidedTensor& tensor = manifest_.tensors.at(name);
         if (needs_axes(tensor)) {
             sized.emplace_back(name, &tensor);
@@ -609,17 +644,20 @@ void Editor::run(const Plan& plan, const Samples& batch, const NamedViews& given
 }
 
 // A provided tensor whose size the request alone determines.
-Array Editor::value(const std::string& name, const Samples& batch, const std::optional<core::Rows>& rows) const {
+Array Editor::value(const std::string& name, const Samples& batch,
+                    const std::optional<core::Rows>& rows) const {
     const core::ProvidedTensor& tensor = manifest_.tensors.at(name);
     const auto numbers = [](const std::vector<double>& values) {
         Array array(Dtype::float32, {static_cast<std::int64_t>(values.size())});
-        std::transform(values.begin(), values.end(), array.as<float>(), [](double x) { return static_cast<float>(x); });
+        std::transform(values.begin(), values.end(), array.as<float>(),
+                       [](double x) { return static_cast<float>(x); });
         return array;
     };
     switch (tensor.source) {
         case core::TensorSource::image: {
             if (batch.pixels.size() != batch.count) {
-                throw Error(ErrorKind::input, "A photo is missing", "This bundle needs one for each request", "Give a photo");
+                throw Error(ErrorKind::input, "A photo is missing", "This bundle needs one for each request",
+                            "Give a photo");
             }
             core::Shape shape = batch.pixels[0].shape();
             for (const Array& pixels : batch.pixels) {
@@ -653,8 +691,8 @@ Array Editor::value(const std::string& name, const Samples& batch, const std::op
         case core::TensorSource::input:
             break;
     }
-    throw Error(ErrorKind::input, "The tensor " + show(name) + " is missing", "This bundle takes it from the caller",
-                "Give inputs={" + show(name) + ": array}");
+    throw Error(ErrorKind::input, "The tensor " + show(name) + " is missing",
+                "This bundle takes it from the caller", "Give inputs={" + show(name) + ": array}");
 }
 
 // Token ids or the mask of a text tensor, [count, max_length].
@@ -669,7 +707,8 @@ Array Editor::encode(const std::string& text, const Samples& batch, bool mask, D
         texts = batch.negative_prompts;
     } else {
         throw Error(ErrorKind::unsupported, "The bundle asks for a text called " + show(*tensor.text),
-                    "This runtime has prompt, negative_prompt", "Give the token ids: inputs={" + show(text) + ": …}");
+                    "This runtime has prompt, negative_prompt",
+                    "Give the token ids: inputs={" + show(text) + ": …}");
     }
     const text::PromptEncoder::Encoded encoded = encoders_.at(tensor.tokenizer.value_or(""))->encode(texts);
     const std::vector<std::int64_t>& values = mask ? encoded.mask : encoded.ids;

@@ -22,12 +22,14 @@ double seconds_since(Clock::time_point start) {
 }
 
 void check_cancelled(const Request& request) {
-    if (request.cancelled && request.cancelled()) throw Error(ErrorKind::cancelled, "The request was cancelled");
+    if (request.cancelled && request.cancelled())
+        throw Error(ErrorKind::cancelled, "The request was cancelled");
 }
 
 Error mismatch(const std::string& name, const View& array, const core::Value& signature) {
     return Error(ErrorKind::input,
-                 "Tensor " + show(name) + " is " + std::string(core::name(array.dtype)) + " " + shape_text(array.shape),
+                 "Tensor " + show(name) + " is " + std::string(core::name(array.dtype)) + " " +
+                     shape_text(array.shape),
                  "Expected " + std::string(core::name(signature.dtype)) + " " + shape_text(signature.shape) +
                      ", one size for an axis",
                  "Correct the array");
@@ -50,8 +52,8 @@ std::string shape_text(const core::Dims& shape) {
 }
 
 bool Plan::operator==(const Plan& other) const {
-    return calls == other.calls && provided == other.provided && absent == other.absent && given == other.given &&
-           guided == other.guided && wanted == other.wanted;
+    return calls == other.calls && provided == other.provided && absent == other.absent &&
+           given == other.given && guided == other.guided && wanted == other.wanted;
 }
 
 Plan make_plan(const core::Manifest& manifest, const std::vector<std::string>& wanted,
@@ -75,18 +77,21 @@ Plan make_plan(const core::Manifest& manifest, const std::vector<std::string>& w
         if (given.count(name) || !seen.insert(name).second) continue;
         if (const auto state = states.find(name); state != states.end()) {
             todo.push_back(state->second->next);
-            if (const auto* initial = std::get_if<std::string>(&state->second->initial)) todo.push_back(*initial);
+            if (const auto* initial = std::get_if<std::string>(&state->second->initial))
+                todo.push_back(*initial);
         } else if (manifest.tensors.contains(name)) {
             plan.provided.insert(name);
         } else if (const auto maker = makers.find(name); maker != makers.end()) {
             if (needed.insert(maker->second).second) {
-                for (const auto& [port, read] : manifest.reads(manifest.program[maker->second])) todo.push_back(read);
+                for (const auto& [port, read] : manifest.reads(manifest.program[maker->second]))
+                    todo.push_back(read);
             }
         } else {
             plan.absent.insert(name);
         }
     }
-    for (const std::size_t i : needed) plan.calls[static_cast<std::size_t>(manifest.program[i].phase)].push_back(i);
+    for (const std::size_t i : needed)
+        plan.calls[static_cast<std::size_t>(manifest.program[i].phase)].push_back(i);
     plan.given = given;
     plan.guided = guided;
     plan.wanted = wanted;
@@ -258,7 +263,8 @@ void Executor::run_steps(const Plan& plan, const Request& request) {
     }
     timings_.steps.reserve(request.evaluations);
     if (backend_->copies_state()) start_states(calls);
-    for (std::size_t k = 0; k < request.evaluations; ++k) {  // allocates nothing once all turns have been taken
+    for (std::size_t k = 0; k < request.evaluations;
+         ++k) {  // allocates nothing once all turns have been taken
         check_cancelled(request);
         Binding& unit = step(calls, step_turn(k));
         const Clock::time_point start = Clock::now();
@@ -342,8 +348,10 @@ backends::Session& Executor::session(const std::string& graph) {
     if (options_.engine) {
         const std::string* plan = manifest_.engines.at(*options_.engine).graphs.find(graph);
         if (plan == nullptr) {
-            throw Error(ErrorKind::engine, "Engine " + show(*options_.engine) + " has no graph " + show(graph),
-                        "Expected all graphs that the request runs", "Build the engine with this graph, or use another backend");
+            throw Error(ErrorKind::engine,
+                        "Engine " + show(*options_.engine) + " has no graph " + show(graph),
+                        "Expected all graphs that the request runs",
+                        "Build the engine with this graph, or use another backend");
         }
         path = *plan;
     } else {
@@ -409,7 +417,8 @@ core::Shape resolve_shape(const core::Manifest& manifest, const std::string& nam
         if (dim.symbolic() && axis == axes.end()) {
             throw Error(ErrorKind::input,
                         "The size of axis " + show(dim.axis) + " of tensor " + show(name) + " is not known",
-                        "Expected it from an image or from a given tensor", "Give a tensor that has this axis");
+                        "Expected it from an image or from a given tensor",
+                        "Give a tensor that has this axis");
         }
         shape.push_back(dim.symbolic() ? axis->second : dim.size);
     }
@@ -439,7 +448,8 @@ Axes resolve_axes(const core::Manifest& manifest, std::int64_t batch, const Name
             std::string base = dim.axis;
             if (const core::Axis* axis = manifest.axes.find(base); axis && axis->of) {
                 const std::int64_t factor = axis->divide.value_or(1);
-                if (size > core::max_dimension || factor > core::max_dimension) throw mismatch(name, array, signature);
+                if (size > core::max_dimension || factor > core::max_dimension)
+                    throw mismatch(name, array, signature);
                 base = *axis->of;
                 size *= factor;
             }
@@ -472,9 +482,10 @@ Axes resolve_axes(const core::Manifest& manifest, std::int64_t batch, const Name
         if (size < low || size > high || size % axis->multiple != 0) {
             const std::string multiples =
                 axis->multiple > 1 ? " that are multiples of " + std::to_string(axis->multiple) : "";
-            throw Error(ErrorKind::input, "Axis " + name + " has size " + std::to_string(size),
-                        "This bundle takes " + std::to_string(low) + " to " + std::to_string(high) + multiples,
-                        "Choose a size within these limits");
+            throw Error(
+                ErrorKind::input, "Axis " + name + " has size " + std::to_string(size),
+                "This bundle takes " + std::to_string(low) + " to " + std::to_string(high) + multiples,
+                "Choose a size within these limits");
         }
         if (axis->one_or) {
             const std::int64_t* other = size_of(*axis->one_or);

@@ -1,6 +1,7 @@
 // Executes a manifest's program: calls, phases, carried state. It knows no model, and touches no number.
 //
-// make_plan decides what must run for the wanted tensors; Executor holds sessions and buffers and runs a plan.
+// make_plan decides what must run for the wanted tensors; Executor holds sessions and buffers and runs a
+// plan.
 #pragma once
 
 #include <array>
@@ -49,7 +50,9 @@ struct Plan {
     bool guided = false;
     std::vector<std::string> wanted;
 
-    const std::vector<std::size_t>& in(core::Phase phase) const { return calls[static_cast<std::size_t>(phase)]; }
+    const std::vector<std::size_t>& in(core::Phase phase) const {
+        return calls[static_cast<std::size_t>(phase)];
+    }
     bool operator==(const Plan& other) const;
 };
 
@@ -57,8 +60,8 @@ struct Plan {
 Plan make_plan(const core::Manifest& manifest, const std::vector<std::string>& wanted,
                const std::set<std::string>& given = {}, bool guided = false);
 
-// A tensor with another value in every step: a function of the evaluation (0, 1, …) that gives its bytes, which stay as they
-// are until it is called again. It allocates nothing.
+// A tensor with another value in every step: a function of the evaluation (0, 1, …) that gives its bytes,
+// which stay as they are until it is called again. It allocates nothing.
 struct StepInput {
     std::string name;
     std::function<const void*(std::size_t)> value;
@@ -78,14 +81,16 @@ struct Request {
 
 // Seconds of the last run.
 struct Timings {
-    std::vector<std::pair<std::string, double>> graphs;  // by graph in the order of running, without the step phase
-    std::vector<double> steps;                           // by evaluation
+    std::vector<std::pair<std::string, double>>
+        graphs;                 // by graph in the order of running, without the step phase
+    std::vector<double> steps;  // by evaluation
     double load = 0, total = 0;
 };
 
-// The loaded graphs of a bundle, shared by its editors as long as one of them holds them. For several threads.
+// The loaded graphs of a bundle, shared by its editors as long as one of them holds them. For several
+// threads.
 class SessionPool {
-  public:
+public:
     // Who may share: the same backend with the same options, and the same file.
     using Key = std::pair<std::string, std::filesystem::path>;
     using Load = std::function<std::shared_ptr<backends::Session>()>;
@@ -95,7 +100,7 @@ class SessionPool {
     // How many graphs are held.
     std::size_t size() const;
 
-  private:
+private:
     struct Entry {
         std::mutex mutex;
         std::weak_ptr<backends::Session> session;
@@ -106,14 +111,17 @@ class SessionPool {
 
 // Holds an editor's sessions and buffers. Not for several threads at once.
 //
-// Buffers and bindings stay as they are from request to request while the plan and the axes do; only their content goes.
+// Buffers and bindings stay as they are from request to request while the plan and the axes do; only their
+// content goes.
 class Executor {
-  public:
+public:
     struct Options {
         std::optional<std::string> variant;
-        std::optional<std::string> engine;  // for a backend that runs engines: a key of the manifest's `engines`
-        std::string sharing;                // the backend and its options in words: editors that agree share sessions
-        bool low_memory = false;  // keep only the session that runs (in the step phase: those of the steps), load anew each time
+        std::optional<std::string>
+            engine;               // for a backend that runs engines: a key of the manifest's `engines`
+        std::string sharing;      // the backend and its options in words: editors that agree share sessions
+        bool low_memory = false;  // keep only the session that runs (in the step phase: those of the steps),
+                                  // load anew each time
     };
 
     Executor(std::shared_ptr<const core::Bundle> bundle, std::shared_ptr<backends::Backend> backend,
@@ -123,8 +131,9 @@ class Executor {
     Executor& operator=(const Executor&) = delete;
 
     // Runs a plan and calls `result` with each wanted tensor, in their order. No data of the request is kept.
-    // Throws Error(cancelled): `request.cancelled` said so; Error(bundle, engine, device): a graph cannot be loaded or run;
-    // Error(delta): see Request::finite; Error(input): the size of an axis is not known; and what callbacks throw.
+    // Throws Error(cancelled): `request.cancelled` said so; Error(bundle, engine, device): a graph cannot be
+    // loaded or run; Error(delta): see Request::finite; Error(input): the size of an axis is not known; and
+    // what callbacks throw.
     void run(const Plan& plan, const Request& request,
              const std::function<void(const std::string&, backends::DeviceTensor&)>& result);
     // Loads the graphs of a plan beforehand; does nothing in low-memory mode.
@@ -136,12 +145,12 @@ class Executor {
     std::size_t constant_bytes() const;
     std::size_t session_count() const noexcept { return sessions_.size(); }
 
-  private:
+private:
     using DeviceTensor = backends::DeviceTensor;
     using Binding = backends::Binding;
-    // The buffers of one name: its own; zeros, for an initial state; two that the steps write in turn, for a carried
-    // tensor; one for what a call makes although the caller has given it; and where a state is read by a backend that
-    // copies it.
+    // The buffers of one name: its own; zeros, for an initial state; two that the steps write in turn, for a
+    // carried tensor; one for what a call makes although the caller has given it; and where a state is read
+    // by a backend that copies it.
     enum class Which { own, zeros, even, odd, spare, state };
     using Slot = std::pair<std::string, Which>;
     // Which buffers a call sees: where a state is read, and where its next value is written.
@@ -193,7 +202,8 @@ class Executor {
     std::optional<std::pair<Plan, Axes>> layout_;
 };
 
-// A tensor's shape with the sizes of its axes filled in. Throws Error(input): the size of an axis is not known.
+// A tensor's shape with the sizes of its axes filled in. Throws Error(input): the size of an axis is not
+// known.
 core::Shape resolve_shape(const core::Manifest& manifest, const std::string& name, const Axes& axes);
 
 // The size of every axis that a batch size and some tensors determine.

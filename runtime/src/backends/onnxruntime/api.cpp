@@ -28,7 +28,7 @@ Runtime open_runtime() {
         return result;
     }
     result.file = library->name();
-    auto* const get_base = library->function<const OrtApiBase* ORT_API_CALL()>("OrtGetApiBase");
+    auto* const get_base = library->function<const OrtApiBase * ORT_API_CALL()>("OrtGetApiBase");
     const OrtApiBase* const base = get_base != nullptr ? get_base() : nullptr;
     if (base == nullptr) {
         result.missing = library->name() + " is not ONNX Runtime";
@@ -81,14 +81,15 @@ std::optional<std::string> failure(OrtStatus* status) {
 
 void check(OrtStatus* status, const std::string& what) {
     if (const auto message = failure(status)) {
-        throw core::Error(
-            core::ErrorKind::engine, "ONNX Runtime: " + what + ": " + *message, "Expected it to run",
-            "Check the bundle with verify=True; if memory ran out, use a smaller size, batch, or low_memory=True");
+        throw core::Error(core::ErrorKind::engine, "ONNX Runtime: " + what + ": " + *message,
+                          "Expected it to run",
+                          "Check the bundle with verify=True; if memory ran out, use a smaller size, batch, "
+                          "or low_memory=True");
     }
 }
 
-ValueHandle wrap(const OrtMemoryInfo& where, const void* data, std::size_t bytes, const std::vector<int64_t>& shape,
-                 ONNXTensorElementDataType type) {
+ValueHandle wrap(const OrtMemoryInfo& where, const void* data, std::size_t bytes,
+                 const std::vector<int64_t>& shape, ONNXTensorElementDataType type) {
     OrtValue* value = nullptr;
     // The API takes a pointer to mutable data; inputs and initializers are read alone.
     check(runtime().api->CreateTensorWithDataAsOrtValue(&where, const_cast<void*>(data), bytes, shape.data(),

@@ -44,7 +44,8 @@ const Cuda& Cuda::instance() {
     const CudaLibrary& library = CudaLibrary::get();
     if (!library.missing.empty()) {
         throw core::Error(core::ErrorKind::device, "CUDA cannot be used: " + library.missing,
-                          "Expected the CUDA runtime that onnxruntime-gpu was built for", "Install it, or use ort-cpu");
+                          "Expected the CUDA runtime that onnxruntime-gpu was built for",
+                          "Install it, or use ort-cpu");
     }
     return library.cuda;
 }
@@ -72,7 +73,8 @@ void Cuda::free(void* memory) const noexcept { free_(memory); }
 
 void Cuda::to_device(void* device, const void* host, std::size_t bytes) const {
     check(copy_(device, host, bytes, host_to_device), "a buffer cannot be written");
-    // A copy from pageable memory may return while its last part is under way, and ONNX Runtime's stream would not wait.
+    // A copy from pageable memory may return while its last part is under way, and ONNX Runtime's stream
+    // would not wait.
     check(synchronize_(), "a buffer cannot be written");
 }
 

@@ -1,4 +1,5 @@
-// The few calls of the CUDA runtime that device buffers need, from the library that ONNX Runtime's CUDA provider uses.
+// The few calls of the CUDA runtime that device buffers need, from the library that ONNX Runtime's CUDA
+// provider uses.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +9,7 @@ namespace hywu::backends::ort {
 
 // Throws Error(device) where CUDA's library or the device is not there, or memory runs out.
 class Cuda {
-  public:
+public:
     // The runtime's library, opened at the first call. Throws Error(device).
     static const Cuda& instance();
     // Why it cannot be used, or nothing.
@@ -21,7 +22,7 @@ class Cuda {
     void to_host(void* host, const void* device, std::size_t bytes) const;
     void zero(void* device, std::size_t bytes) const;
 
-  private:
+private:
     friend struct CudaLibrary;
     int (*set_device_)(int) = nullptr;
     int (*malloc_)(void**, std::size_t) = nullptr;

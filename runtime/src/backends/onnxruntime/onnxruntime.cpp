@@ -83,7 +83,8 @@ bool all_finite(Dtype dtype, const std::byte* data, std::size_t bytes) {
     }
     if (dtype == Dtype::float16) {
         const auto* values = reinterpret_cast<const std::uint16_t*>(data);
-        return std::all_of(values, values + bytes / 2, [](std::uint16_t x) { return (x & 0x7C00U) != 0x7C00U; });
+        return std::all_of(values, values + bytes / 2,
+                           [](std::uint16_t x) { return (x & 0x7C00U) != 0x7C00U; });
     }
     return true;
 }
@@ -98,26 +99,27 @@ Error no_memory(Dtype dtype, const std::vector<int64_t>& shape) {
 
 // A buffer that ONNX Runtime can be bound to.
 class OrtTensor : public DeviceTensor {
-  public:
+public:
     OrtTensor(Dtype dtype, std::vector<int64_t> shape) : DeviceTensor(dtype, std::move(shape)) {}
     const OrtValue* value() const noexcept { return value_.get(); }
 
-  protected:
+protected:
     void wrap(const OrtMemoryInfo& where, void* data) {
         value_ = ort::wrap(where, data, bytes(), shape(), onnx_type(dtype()));
     }
     void check_size(std::size_t size) const {
         if (size != bytes()) {
-            throw std::logic_error(std::to_string(size) + " bytes for a tensor of " + std::to_string(bytes()));
+            throw std::logic_error(std::to_string(size) + " bytes for a tensor of " +
+                                   std::to_string(bytes()));
         }
     }
 
-  private:
+private:
     ort::ValueHandle value_;
 };
 
 class HostTensor final : public OrtTensor {
-  public:
+public:
     HostTensor(Dtype dtype, const std::vector<int64_t>& shape, const OrtMemoryInfo& where)
         : OrtTensor(dtype, shape), memory_(dtype, shape) {
         wrap(where, memory_.data());
@@ -135,12 +137,12 @@ class HostTensor final : public OrtTensor {
     }
     std::optional<bool> finite() override { return all_finite(dtype(), memory_.data(), bytes()); }
 
-  private:
+private:
     core::Array memory_;
 };
 
 class CudaTensor final : public OrtTensor {
-  public:
+public:
     CudaTensor(Dtype dtype, const std::vector<int64_t>& shape, const OrtMemoryInfo& where, int device)
         : OrtTensor(dtype, shape), cuda_(ort::Cuda::instance()), device_(device) {
         cuda_.use(device_);
@@ -170,7 +172,7 @@ class CudaTensor final : public OrtTensor {
     }
     std::optional<bool> finite() override { return std::nullopt; }
 
-  private:
+private:
     const ort::Cuda& cuda_;
     int device_;
     void* memory_ = nullptr;
@@ -180,7 +182,7 @@ class CudaTensor final : public OrtTensor {
 struct Port {
     std::string name;
     ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-    std::vector<int64_t> shape;      // -1: dynamic
+    std::vector<int64_t> shape;     // -1: dynamic
     std::vector<std::string> axes;  // names of dynamic axes
 
     bool takes(const DeviceTensor& tensor) const {
@@ -196,8 +198,9 @@ std::string words(const Port* port) {
     if (port == nullptr) return "nothing";
     std::string sizes;
     for (std::size_t i = 0; i < port->shape.size(); ++i) {
-        const std::string size =
-            port->shape[i] >= 0 ? std::to_string(port->shape[i]) : port->axes[i].empty() ? "None" : port->axes[i];
+        const std::string size = port->shape[i] >= 0     ? std::to_string(port->shape[i])
+                                 : port->axes[i].empty() ? "None"
+                                                         : port->axes[i];
         sizes += (i ? ", " : "") + size;
     }
     return type_text(port->type) + " [" + sizes + "]";
@@ -211,7 +214,7 @@ std::string words(const DeviceTensor* tensor) {
 }
 
 class OrtSessionHolder final : public Session, public std::enable_shared_from_this<OrtSessionHolder> {
-  public:
+public:
     OrtSessionHolder(ort::SessionHandle session, std::string label, std::vector<core::Weight> weights,
                      std::vector<ort::ValueHandle> values)
         : weights_(std::move(weights)),
@@ -228,7 +231,7 @@ class OrtSessionHolder final : public Session, public std::enable_shared_from_th
     OrtSession* get() const noexcept { return session_.get(); }
     const std::string& label() const noexcept { return label_; }
 
-  private:
+private:
     template <class Count, class Name, class Info>
     std::vector<Port> ports(Count count_of, Name name_of, Info info_of) const;
     void check_ports(const char* side, const std::vector<Port>& ports, const TensorMap& tensors) const;
@@ -242,8 +245,9 @@ class OrtSessionHolder final : public Session, public std::enable_shared_from_th
 };
 
 class OrtBindingHolder final : public Binding {
-  public:
-    OrtBindingHolder(std::shared_ptr<const OrtSessionHolder> session, const TensorMap& inputs, const TensorMap& outputs)
+public:
+    OrtBindingHolder(std::shared_ptr<const OrtSessionHolder> session, const TensorMap& inputs,
+                     const TensorMap& outputs)
         : session_(std::move(session)) {
         const OrtApi& api = *runtime().api;
         const std::string what = "graph " + session_->label() + " does not take its tensors";
@@ -254,7 +258,8 @@ class OrtBindingHolder final : public Binding {
             check(api.BindInput(binding, name.c_str(), static_cast<const OrtTensor*>(tensor)->value()), what);
         }
         for (const auto& [name, tensor] : outputs) {
-            check(api.BindOutput(binding, name.c_str(), static_cast<const OrtTensor*>(tensor)->value()), what);
+            check(api.BindOutput(binding, name.c_str(), static_cast<const OrtTensor*>(tensor)->value()),
+                  what);
         }
     }
     void run() override {
@@ -264,7 +269,7 @@ class OrtBindingHolder final : public Binding {
         if (status != nullptr) check(status, "graph " + session_->label() + " failed");
     }
 
-  private:
+private:
     std::shared_ptr<const OrtSessionHolder> session_;
     ort::BindingHandle binding_;
 };
@@ -309,12 +314,14 @@ std::unique_ptr<Binding> OrtSessionHolder::bind(const TensorMap& inputs, const T
     return std::make_unique<OrtBindingHolder>(shared_from_this(), inputs, outputs);
 }
 
-void OrtSessionHolder::check_ports(const char* side, const std::vector<Port>& ports, const TensorMap& tensors) const {
+void OrtSessionHolder::check_ports(const char* side, const std::vector<Port>& ports,
+                                   const TensorMap& tensors) const {
     std::set<std::string> names;
     for (const Port& port : ports) names.insert(port.name);
     for (const auto& [name, tensor] : tensors) names.insert(name);
     for (const std::string& name : names) {
-        const auto port = std::find_if(ports.begin(), ports.end(), [&](const Port& p) { return p.name == name; });
+        const auto port =
+            std::find_if(ports.begin(), ports.end(), [&](const Port& p) { return p.name == name; });
         const auto tensor = tensors.find(name);
         const Port* const found = port == ports.end() ? nullptr : &*port;
         const DeviceTensor* const given = tensor == tensors.end() ? nullptr : tensor->second;
@@ -339,7 +346,7 @@ ort::MemoryInfo memory_info(const std::optional<int>& cuda) {
 }
 
 class OnnxRuntime final : public Backend {
-  public:
+public:
     OnnxRuntime(std::string name, const Options& options)
         : name_(std::move(name)),
           threads_(options.threads),
@@ -380,7 +387,8 @@ class OnnxRuntime final : public Backend {
         std::vector<const char*> names;
         std::vector<const OrtValue*> pointers;
         for (const core::Weight& weight : weights) {
-            values.push_back(ort::wrap(*host_, weight.data, weight.bytes, weight.shape, onnx_type(weight.dtype)));
+            values.push_back(
+                ort::wrap(*host_, weight.data, weight.bytes, weight.shape, onnx_type(weight.dtype)));
             names.push_back(weight.name.c_str());
             pointers.push_back(values.back().get());
         }
@@ -389,23 +397,27 @@ class OnnxRuntime final : public Backend {
                   "the weights of graph " + label + " cannot be given");
         }
         OrtSession* session = nullptr;
-        if (const auto message = ort::failure(api.CreateSession(runtime().env, file.c_str(), raw, &session))) {
-            throw Error(ErrorKind::bundle, label + " cannot be loaded: " + *message,
-                        "Expected an ONNX graph that ONNX Runtime takes",
-                        "Check the bundle with verify=True (`hywu inspect --verify`), and copy or export it again");
+        if (const auto message =
+                ort::failure(api.CreateSession(runtime().env, file.c_str(), raw, &session))) {
+            throw Error(
+                ErrorKind::bundle, label + " cannot be loaded: " + *message,
+                "Expected an ONNX graph that ONNX Runtime takes",
+                "Check the bundle with verify=True (`hywu inspect --verify`), and copy or export it again");
         }
-        return std::make_shared<OrtSessionHolder>(ort::SessionHandle(session), label, weights, std::move(values));
+        return std::make_shared<OrtSessionHolder>(ort::SessionHandle(session), label, weights,
+                                                  std::move(values));
     }
 
-  private:
+private:
     void add_cuda(OrtSessionOptions* options) const {
         const OrtApi& api = *runtime().api;
         const auto refused = [&](OrtStatus* status) {
             if (const auto message = ort::failure(status)) {
-                throw Error(ErrorKind::device,
-                            "CUDA device " + std::to_string(*cuda_) + " cannot be used by ONNX Runtime: " + *message,
-                            "Expected a GPU with its driver, CUDA and cuDNN",
-                            "Check `hywu doctor`, or use backend=\"ort-cpu\"");
+                throw Error(
+                    ErrorKind::device,
+                    "CUDA device " + std::to_string(*cuda_) + " cannot be used by ONNX Runtime: " + *message,
+                    "Expected a GPU with its driver, CUDA and cuDNN",
+                    "Check `hywu doctor`, or use backend=\"ort-cpu\"");
             }
         };
         OrtCUDAProviderOptionsV2* raw = nullptr;
@@ -441,8 +453,9 @@ std::optional<std::string> missing(const std::string& name) {
 std::vector<Entry> onnxruntime_entries() {
     std::vector<Entry> entries;
     for (const char* name : {"ort-cuda", "ort-cpu"}) {
-        entries.push_back({name, [name] { return missing(name); },
-                           [name](const Options& options) { return std::make_unique<OnnxRuntime>(name, options); }});
+        entries.push_back(
+            {name, [name] { return missing(name); },
+             [name](const Options& options) { return std::make_unique<OnnxRuntime>(name, options); }});
     }
     return entries;
 }
