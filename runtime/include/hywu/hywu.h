@@ -1,3 +1,4 @@
+/* clang-format off */
 /* hywu: runs bundles of hywu-export. An image editor whose weight deltas are inputs, made anew for every
  * request.
  *
@@ -18,8 +19,9 @@
  *         params.prompts = &prompt;
  *         params.seed = 42;
  *         if (hywu_editor_load(bundle, NULL, NULL, &editor) == HYWU_OK &&
- *             hywu_edit(editor, &params, &images) == HYWU_OK && hywu_images_get(images, 0, &edited) ==
- * HYWU_OK) printf("%d x %d pixels at %p\n", (int)edited.width, (int)edited.height, (const void*)edited.data);
+ *             hywu_edit(editor, &params, &images) == HYWU_OK &&
+ *             hywu_images_get(images, 0, &edited) == HYWU_OK)
+ *             printf("%d x %d pixels at %p\n", (int)edited.width, (int)edited.height, (const void*)edited.data);
  *         else
  *             fprintf(stderr, "%s\n", hywu_last_error());
  *         hywu_images_free(images);
@@ -29,35 +31,33 @@
  *
  * Conventions
  *
- * - A function that can fail gives HYWU_OK (0) or a negative status, and keeps the text for
- * hywu_last_error(). It then leaves its results alone. Passing NULL where it is not allowed, or a size that
- * cannot be, is HYWU_ERROR_INPUT.
- * - Handles are opaque. `*_free` takes NULL. Handles may be freed in any order, and a call that runs keeps
- * what it needs.
+ * - A function that can fail gives HYWU_OK (0) or a negative status, and keeps the text for hywu_last_error().
+ *   It then leaves its results alone. NULL where it is not allowed, or a size that cannot be, is
+ *   HYWU_ERROR_INPUT.
+ * - Handles are opaque. `*_free` takes NULL. Handles may be freed in any order, and a call that runs keeps what
+ *   it needs.
  * - Texts and paths are UTF-8. Texts end with a NUL unless their lengths are given beside them.
- * - Pixels are 8-bit RGB, rows from the top; tensors are dense and row-major, in the byte order of the
- * machine.
- * - What the library gives (texts, pixels, tensors) belongs to the handle that it was got from, and is valid
- * as long as that; what the caller gives is read during the call alone.
+ * - Pixels are 8-bit RGB, rows from the top; tensors are dense and row-major, in the byte order of the machine.
+ * - What the library gives (texts, pixels, tensors) belongs to the handle that it was got from, and is valid as
+ *   long as that; what the caller gives is read during the call alone.
  *
  * Structs may grow at their end in later versions. A struct that begins with `struct_size` is filled with
- * defaults by its
- * `*_init`, with the size that the caller's compiler knows. A library accepts structs of every earlier
- * version, and structs of a later version whose further fields are zero; other sizes are refused.
+ * defaults by its `*_init`, with the size that the caller's compiler knows. A library accepts structs of every
+ * earlier version, and structs of a later version whose further fields are zero; other sizes are refused.
  *
  * Threads
  *
- * - Functions may be called from any thread. Several threads may use one bundle, one set of deltas, one
- * cancel token.
+ * - Functions may be called from any thread. Several threads may use one bundle, one set of deltas, one cancel
+ *   token.
  * - An editor serves one call at a time: a second thread waits. A callback must not call into the editor that
- * called it (this is refused with HYWU_ERROR_INPUT). For edits at the same time, create several editors on
- * one bundle: they share the loaded graphs and their weights, and each has buffers of its own.
+ *   called it (this is refused with HYWU_ERROR_INPUT). For edits at the same time, create several editors on one
+ *   bundle: they share the loaded graphs and their weights, and each has buffers of its own.
  * - After an edit, a generation or a warm-up returns, or fails, the editor holds nothing of the request.
  * - hywu_last_error() is kept for each thread.
  *
- * Backends, pixels and noise are such that the same bundle, backend library and options give the same bytes
- * as the Python package hywu_runtime.
+ * The same bundle, backend library and options give the same bytes as the Python package hywu_runtime.
  */
+/* clang-format on */
 #ifndef HYWU_HYWU_H
 #define HYWU_HYWU_H
 
@@ -85,8 +85,7 @@
 extern "C" {
 #endif
 
-/* ---- Versions, errors, logs
- * ---------------------------------------------------------------------------------- */
+/* ---- Versions, errors, logs ---- */
 
 /* The library's own HYWU_VERSION, which may differ from the header's, and the same as "0.1.0". */
 HYWU_API int32_t hywu_version(void);
@@ -95,19 +94,17 @@ HYWU_API const char* hywu_version_string(void);
 typedef int32_t hywu_status;
 enum {
     HYWU_OK = 0,
-    HYWU_ERROR_BUNDLE =
-        -1, /* a bundle, its manifest or one of its files is missing, damaged or of another format */
-    HYWU_ERROR_CHECKPOINT = -2, /* a checkpoint is missing, damaged or inconsistent */
-    HYWU_ERROR_UNSUPPORTED =
-        -3,                    /* the input is sound, but asks for something that this version does not do */
-    HYWU_ERROR_DELTA = -4,     /* deltas do not fit the bundle, are needed and not given, or are not finite */
-    HYWU_ERROR_ENGINE = -5,    /* a graph cannot be run */
-    HYWU_ERROR_DEVICE = -6,    /* the backend or device is not there, or its memory ran out */
-    HYWU_ERROR_INPUT = -7,     /* an argument, an image or a prompt cannot be used */
-    HYWU_ERROR_CANCELLED = -8, /* the caller cancelled; the editor can be used again */
-    HYWU_ERROR_MEMORY = -9,    /* host memory ran out */
-    HYWU_ERROR_CALLBACK = -10, /* a callback threw a C++ exception, which was swallowed */
-    HYWU_ERROR_INTERNAL = -11  /* a defect of the library */
+    HYWU_ERROR_BUNDLE = -1,      /* a bundle or one of its files is missing, damaged or of another format */
+    HYWU_ERROR_CHECKPOINT = -2,  /* a checkpoint is missing, damaged or inconsistent */
+    HYWU_ERROR_UNSUPPORTED = -3, /* the input is sound, but this version does not do it */
+    HYWU_ERROR_DELTA = -4,       /* deltas do not fit, are needed and not given, or are not finite */
+    HYWU_ERROR_ENGINE = -5,      /* a graph cannot be run */
+    HYWU_ERROR_DEVICE = -6,      /* the backend or device is not there, or its memory ran out */
+    HYWU_ERROR_INPUT = -7,       /* an argument, an image or a prompt cannot be used */
+    HYWU_ERROR_CANCELLED = -8,   /* the caller cancelled; the editor can be used again */
+    HYWU_ERROR_MEMORY = -9,      /* host memory ran out */
+    HYWU_ERROR_CALLBACK = -10,   /* a callback threw a C++ exception, which was swallowed */
+    HYWU_ERROR_INTERNAL = -11    /* a defect of the library */
 };
 /* "HYWU_ERROR_BUNDLE", …; "HYWU_ERROR_INTERNAL" for numbers that are none. */
 HYWU_API const char* hywu_status_name(hywu_status status);
@@ -127,8 +124,7 @@ typedef void (*hywu_log_callback)(void* user, int32_t level, const char* message
  * When this returns the former callback has been called for the last time. */
 HYWU_API hywu_status hywu_set_log(hywu_log_callback callback, void* user, int32_t level);
 
-/* ---- Handles and plain values
- * ---------------------------------------------------------------------------------- */
+/* ---- Handles and plain values ---- */
 
 typedef struct hywu_bundle hywu_bundle; /* an opened bundle; what its editors share */
 typedef struct hywu_editor hywu_editor; /* runs a bundle on a backend */
@@ -166,8 +162,7 @@ typedef struct hywu_tensor {
     int64_t shape[HYWU_MAX_RANK];
 } hywu_tensor;
 
-/* ---- Bundles
- * ------------------------------------------------------------------------------------------------- */
+/* ---- Bundles ---- */
 
 typedef struct hywu_bundle_params {
     size_t struct_size;
@@ -187,11 +182,9 @@ HYWU_API const char* hywu_bundle_name(const hywu_bundle* bundle);
 /* The names of its variants by index; NULL after the last. */
 HYWU_API const char* hywu_bundle_variant(const hywu_bundle* bundle, size_t index);
 
-/* ---- Editors
- * --------------------------------------------------------------------------------------------------- */
+/* ---- Editors ---- */
 
-/* The backends by index, best first; NULL after the last: "tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu".
- */
+/* The backends by index, best first, NULL after the last: tensorrt, tensorrt-rtx, ort-cuda, ort-cpu. */
 HYWU_API const char* hywu_backend(size_t index);
 /* Why a backend cannot be used here, or NULL if it can; valid until this thread asks again. */
 HYWU_API const char* hywu_backend_missing(const char* name);
@@ -217,8 +210,8 @@ HYWU_API hywu_status hywu_editor_load(const char* path, const hywu_bundle_params
                                       const hywu_editor_params* params, hywu_editor** editor);
 HYWU_API void hywu_editor_free(hywu_editor* editor);
 
-/* Loads what a default request needs, and runs one on a gray photo if the bundle needs no inputs of the
- * caller's. */
+/* Loads what a default request needs, and runs one on a gray photo if the bundle takes no tensors from the
+ * caller. */
 HYWU_API hywu_status hywu_editor_warm_up(hywu_editor* editor);
 
 /* The name of its backend. */
@@ -273,8 +266,7 @@ HYWU_API hywu_status hywu_editor_graph_time(hywu_editor* editor, size_t index, c
                                             double* seconds);
 HYWU_API hywu_status hywu_editor_step_time(hywu_editor* editor, size_t index, double* seconds);
 
-/* ---- Requests
- * ------------------------------------------------------------------------------------------------ */
+/* ---- Requests ---- */
 
 /* Called after each evaluation of the steps, from the thread that called into the library. Anything but 0
  * cancels the request. */
@@ -298,30 +290,28 @@ typedef struct hywu_guidance {
  * all samples. */
 typedef struct hywu_edit_params {
     size_t struct_size;
-    size_t count;                        /* samples; 1 by default */
-    const hywu_pixels* photos;           /* [count] */
-    const char* const* prompts;          /* [count] instructions; NULL: empty */
-    const size_t* prompt_lengths;        /* [count] bytes; NULL: they end with a NUL */
-    const char* const* negative_prompts; /* [count] what guidance leads away from; NULL: empty */
-    const size_t* negative_prompt_lengths;
-    uint64_t seed;                 /* gives each sample noise of its own */
-    const uint64_t* seeds;         /* [count]: sample i is what seeds[i] alone gives */
-    const hywu_guidance* guidance; /* [guidance_count]; scales that are not named have the bundle's default */
+    size_t count;                          /* samples; 1 by default */
+    const hywu_pixels* photos;             /* [count] */
+    const char* const* prompts;            /* [count] instructions; NULL: empty */
+    const size_t* prompt_lengths;          /* [count] bytes; NULL: they end with a NUL */
+    const char* const* negative_prompts;   /* [count] what guidance leads away from; NULL: empty */
+    const size_t* negative_prompt_lengths; /* [count] bytes; NULL: they end with a NUL */
+    uint64_t seed;                         /* gives each sample noise of its own */
+    const uint64_t* seeds;                 /* [count]: sample i is what seeds[i] alone gives */
+    const hywu_guidance* guidance;         /* [guidance_count]; others have the bundle's default */
     size_t guidance_count;
     double delta_strength;            /* 1 is as generated, 0 the base model */
     const double* delta_strengths;    /* [count] */
-    const hywu_deltas* const* deltas; /* use these and do not run the generator: */
-    size_t
-        delta_count; /* 0: generate; 1: one set for all or for the batch; or `count`: one for each sample */
-    const char* sampler;      /* NULL: the bundle's default */
-    int32_t steps;            /* 0: the bundle's default */
-    int32_t width, height;    /* pixels; 0: from the first photo, aspect kept */
-    int32_t reserved;         /* 0 */
-    const hywu_tensor* noise; /* float [evaluations, batch, …], in place of the random numbers of the steps */
-    const hywu_tensor* latents; /* float [batch, …], in place of the initial ones; standard deviation 1 */
-    const hywu_tensor*
-        inputs;         /* [input_count] tensors of the program by name: those that the bundle takes from */
-    size_t input_count; /* the caller, token ids in place of text, or intermediate results */
+    const hywu_deltas* const* deltas; /* [delta_count]: use these and do not run the generator */
+    size_t delta_count;               /* 0; 1: one set for all or for the batch; `count`: one for each */
+    const char* sampler;              /* NULL: the bundle's default */
+    int32_t steps;                    /* 0: the bundle's default */
+    int32_t width, height;            /* pixels; 0: from the first photo, aspect kept */
+    int32_t reserved;                 /* 0 */
+    const hywu_tensor* noise;   /* float [evaluations, batch, …], for the random numbers of the steps */
+    const hywu_tensor* latents; /* float [batch, …], for the initial ones; standard deviation 1 */
+    const hywu_tensor* inputs; /* [input_count] tensors of the program by name: those that the bundle takes */
+    size_t input_count;        /* from the caller, token ids in place of text, or intermediate results */
     hywu_progress_callback progress; /* may be NULL */
     void* progress_user;
     hywu_cancel* cancel; /* may be NULL */
@@ -357,8 +347,7 @@ HYWU_API hywu_status hywu_generate_params_init(hywu_generate_params* params, siz
 HYWU_API hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* params,
                                    hywu_deltas** deltas);
 
-/* ---- Deltas
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- Deltas ---- */
 
 /* From tensors "<module>.lora_A" [D, r, in] and "<module>.lora_B" [D, out, r], see docs/bundle.md; they are
  * copied. HYWU_ERROR_DELTA. */
@@ -366,12 +355,10 @@ HYWU_API hywu_status hywu_deltas_create(const hywu_tensor* tensors, size_t count
 /* Reads and writes a delta file; writing is whole or not at all. HYWU_ERROR_DELTA; HYWU_ERROR_INPUT. */
 HYWU_API hywu_status hywu_deltas_load(const char* path, hywu_deltas** deltas);
 HYWU_API hywu_status hywu_deltas_save(const hywu_deltas* deltas, const char* path);
-/* The weighted sum of `count` sets, exactly: ranks add up, to at most `max_rank` (0: any). HYWU_ERROR_DELTA.
- */
+/* The weighted sum of sets, exactly: ranks add up, to at most `max_rank` (0: any). HYWU_ERROR_DELTA. */
 HYWU_API hywu_status hywu_deltas_blend(const hywu_deltas* const* sets, const double* weights, size_t count,
                                        int64_t max_rank, hywu_deltas** deltas);
-/* One set for a batch, sample i using sets[i]; and the set of one sample of such a batch. HYWU_ERROR_DELTA.
- */
+/* One set for a batch, sample i using sets[i]; the set of one sample of such a batch. HYWU_ERROR_DELTA. */
 HYWU_API hywu_status hywu_deltas_stack(const hywu_deltas* const* sets, size_t count, hywu_deltas** deltas);
 HYWU_API hywu_status hywu_deltas_select(const hywu_deltas* set, int64_t sample, hywu_deltas** deltas);
 /* Checks that a set is what an editor's bundle takes, for `batch` samples (0: any). HYWU_ERROR_DELTA names
