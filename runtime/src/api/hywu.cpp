@@ -17,7 +17,7 @@
 #include "core/array.hpp"
 #include "core/deltas.hpp"
 #include "core/log.hpp"
-#include "core/platform.hpp"
+#include "core/files.hpp"
 #include "runtime/editor.hpp"
 
 using hywu::api::CallbackError;
