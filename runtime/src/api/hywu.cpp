@@ -307,7 +307,8 @@ runtime::SharedBundle open_bundle(const char* path, const hywu_bundle_params* gi
         need(params.source_directories[i], entry("source_directories", i).c_str());
         options.sources[params.source_ids[i]] = core::path_of(params.source_directories[i]);
     }
-    return {std::make_shared<const core::Bundle>(core::Bundle::open(core::path_of(path), options)), {}};
+    return {std::make_shared<const core::Bundle>(core::Bundle::open(core::path_of(path), options)),
+            std::make_shared<runtime::SessionPool>()};
 }
 
 std::unique_ptr<hywu_editor> make_editor(runtime::SharedBundle shared, const hywu_editor_params* given) {
