@@ -22,7 +22,8 @@ std::size_t count(const Shape& shape) {
     for (const std::int64_t size : shape) {
         if (size < 0) throw std::length_error("a dimension is negative");
         if (size == 0) return 0;
-        if (static_cast<std::uint64_t>(size) > most / product) throw std::length_error("an array is too large");
+        if (static_cast<std::uint64_t>(size) > most / product)
+            throw std::length_error("an array is too large");
         product *= static_cast<std::size_t>(size);
     }
     return product;
@@ -33,12 +34,18 @@ void Array::Free::operator()(std::byte* memory) const noexcept {
 }
 
 Array::Array(Dtype dtype, Shape shape)
-    : dtype_(dtype), shape_(std::move(shape)), bytes_(count(shape_) * item_size(dtype)), data_(allocate(bytes_)) {
+    : dtype_(dtype),
+      shape_(std::move(shape)),
+      bytes_(count(shape_) * item_size(dtype)),
+      data_(allocate(bytes_)) {
     if (bytes_ > 0) std::memset(data_.get(), 0, bytes_);
 }
 
 Array::Array(Dtype dtype, Shape shape, const void* data)
-    : dtype_(dtype), shape_(std::move(shape)), bytes_(count(shape_) * item_size(dtype)), data_(allocate(bytes_)) {
+    : dtype_(dtype),
+      shape_(std::move(shape)),
+      bytes_(count(shape_) * item_size(dtype)),
+      data_(allocate(bytes_)) {
     if (bytes_ > 0) std::memcpy(data_.get(), data, bytes_);
 }
 

@@ -17,7 +17,8 @@ using Shape = std::vector<std::int64_t>;
 // Throws std::length_error if a dimension is negative, or if it is more than memory could hold.
 std::size_t count(const Shape& shape);
 
-// Owning, row-major, contiguous, aligned to 64 bytes. Copies are deep; what was moved from can only be assigned to.
+// Owning, row-major, contiguous, aligned to 64 bytes. Copies are deep; what was moved from can only be
+// assigned to.
 class Array {
 public:
     static constexpr std::size_t alignment = 64;

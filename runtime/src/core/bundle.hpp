@@ -71,7 +71,7 @@ public:
 private:
     Bundle(std::filesystem::path root, Manifest manifest,
            std::map<std::string, std::filesystem::path> sources);
-    void check(const std::string& path, bool verify) const;
+    void check(const std::string& path, const File& entry, bool verify) const;
     void check_links() const;
     std::filesystem::path source_file(const std::string& source, const std::string& path) const;
     Weight map(const std::string& name, const LinkedTensor& tensor) const;
@@ -87,5 +87,9 @@ private:
     std::map<std::string, std::filesystem::path> sources_;
     std::unique_ptr<Maps> maps_;
 };
+
+// SHA-256 of a safetensors header: 8 bytes (n, little-endian) and the n bytes of JSON after them.
+// Throws std::system_error.
+std::string header_sha256(const std::filesystem::path& path);
 
 }  // namespace hywu::core

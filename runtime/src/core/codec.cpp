@@ -49,7 +49,8 @@ double Number::decode(const Json& value, const std::string& where) {
 
 void check_keys(const Json& object, const std::string& where, const std::vector<std::string_view>& known) {
     for (const auto& [key, value] : *object.members()) {
-        if (key.compare(0, 2, "x-") == 0 || std::find(known.begin(), known.end(), key) != known.end()) continue;
+        if (key.compare(0, 2, "x-") == 0 || std::find(known.begin(), known.end(), key) != known.end())
+            continue;
         std::vector<std::string> names(known.begin(), known.end());
         std::sort(names.begin(), names.end());
         throw malformed(dot(where, inside(core::show(key))), "is not a key of this format",

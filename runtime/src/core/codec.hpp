@@ -157,7 +157,8 @@ struct List {
         if (!fits(value)) refuse(value, where, what());
         type result;
         result.reserve(value.items()->size());
-        for (const Json& item : *value.items()) result.push_back(Kind::decode(item, at(where, result.size())));
+        for (const Json& item : *value.items())
+            result.push_back(Kind::decode(item, at(where, result.size())));
         return result;
     }
 };

@@ -11,9 +11,8 @@ void append_sentence(std::string& text, std::string_view part) {
     if (part.empty()) return;
     constexpr std::string_view space = " \t\n\r\f\v";
     const std::size_t first = part.find_first_not_of(space);
-    part = first == std::string_view::npos
-               ? std::string_view()
-               : part.substr(first, part.find_last_not_of(space) + 1 - first);
+    part = first == std::string_view::npos ? std::string_view()
+                                           : part.substr(first, part.find_last_not_of(space) + 1 - first);
     while (!part.empty() && part.back() == '.') part.remove_suffix(1);
     if (!text.empty()) text += ' ';
     text.append(part).append(".");
@@ -44,10 +43,7 @@ std::string_view name(ErrorKind kind) {
 }
 
 Error::Error(ErrorKind kind, std::string wrong, std::string expected, std::string remedy)
-    : kind_(kind),
-      wrong_(std::move(wrong)),
-      expected_(std::move(expected)),
-      remedy_(std::move(remedy)) {
+    : kind_(kind), wrong_(std::move(wrong)), expected_(std::move(expected)), remedy_(std::move(remedy)) {
     append_sentence(text_, wrong_);
     append_sentence(text_, expected_);
     append_sentence(text_, remedy_);

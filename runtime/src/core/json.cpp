@@ -8,8 +8,8 @@ namespace hywu::core {
 
 namespace {
 
-// Builds a Json from the parser's events. The parser itself does not recurse; the depth is bounded for those that
-// walk the value.
+// Builds a Json from the parser's events. The parser itself does not recurse; the depth is bounded for those
+// that walk the value.
 class Builder : public nlohmann::json_sax<nlohmann::json> {
 public:
     bool null() override { return add(Json()); }
@@ -53,8 +53,8 @@ public:
     }
     bool parse_error(std::size_t position, const std::string& /*token*/,
                      const nlohmann::detail::exception& error) override {
-        // "[json.exception.…] parse error at line 1, column 2: syntax error while parsing … - REASON; last read: 'TEXT'":
-        // the text may be long and may not be UTF-8.
+        // "[json.exception.…] parse error at line 1, column 2: syntax error while parsing … - REASON; last
+        // read: 'TEXT'": the text may be long and may not be UTF-8.
         const std::string_view what = error.what();
         std::string_view reason = "a number is too large";
         if (const std::size_t at = what.find(" - "); at != std::string_view::npos) {

@@ -14,7 +14,8 @@ struct State {
 };
 
 State& state() {
-    static State* const instance = new State;  // never destroyed: other threads may log while the process ends
+    static State* const instance =
+        new State;  // never destroyed: other threads may log while the process ends
     return *instance;
 }
 

@@ -5,8 +5,8 @@
 
 #include "core/codec.hpp"
 #include "core/error.hpp"
+#include "core/files.hpp"
 #include "core/json.hpp"
-#include "core/platform.hpp"
 #include "core/text.hpp"
 #include "core/validation.hpp"
 
@@ -29,7 +29,8 @@ struct NameRule : TextRule {
 
 struct PathRule : TextRule {
     static std::string what() {
-        return "a relative path with `/` between parts, without `..`, `.`, empty parts, drives or backslashes";
+        return "a relative path with `/` between parts, without `..`, `.`, empty parts, drives or "
+               "backslashes";
     }
     static bool test(const std::string& text) { return is_safe_path(text); }
 };
@@ -68,6 +69,7 @@ std::string written_item(std::int64_t number) { return std::to_string(number); }
 std::string written_item(const Dim& dim) {
     return dim.symbolic() ? show(dim.axis, 4096) : std::to_string(dim.size);
 }
+std::string written_item(const std::string& text) { return show(text, 4096); }
 
 struct TupleRule {
     template <class Item>
@@ -102,6 +104,29 @@ struct StepsRule : TupleRule {
     }
 };
 
+struct ThreeRule : TupleRule {
+    static std::string what() { return "three integers: smallest, best, largest"; }
+    static bool test(const std::vector<std::int64_t>& items) {
+        return items.size() == 3 && items[0] <= items[1] && items[1] <= items[2];
+    }
+};
+
+struct CapabilityRule : TextRule {
+    static std::string what() { return R"(a compute capability as "8.6")"; }
+    // [1-9][0-9]?[.][0-9]
+    static bool test(const std::string& text) {
+        const auto digit = [](char c) { return '0' <= c && c <= '9'; };
+        const std::size_t point = text.size() - 2;
+        return (text.size() == 3 || text.size() == 4) && text[0] != '0' && digit(text[0]) &&
+               (point == 1 || digit(text[1])) && text[point] == '.' && digit(text[point + 1]);
+    }
+};
+
+struct SomeCapabilitiesRule : TupleRule {
+    static std::string what() { return "at least one compute capability"; }
+    static bool test(const std::vector<std::string>& items) { return !items.empty(); }
+};
+
 using codec::Boolean;
 using codec::Either;
 using codec::Integer;
@@ -134,16 +159,18 @@ struct Dimension {
 };
 using Dimensions = Narrowed<List<Dimension>, RankRule>;
 
-// Two integers under a rule.
-template <class Rule>
-struct Pair {
-    using type = std::array<std::int64_t, 2>;
+// So many integers, under a rule that sees to their number.
+template <std::size_t size, class Rule>
+struct Sizes {
+    using type = std::array<std::int64_t, size>;
     using Kind = Narrowed<List<Size>, Rule>;
     static std::string what() { return Kind::what(); }
     static bool fits(const Json& value) { return Kind::fits(value); }
     static type decode(const Json& value, const std::string& where) {
         const std::vector<std::int64_t> items = Kind::decode(value, where);
-        return {items[0], items[1]};
+        type result;
+        std::copy_n(items.begin(), size, result.begin());
+        return result;
     }
 };
 
@@ -204,19 +231,30 @@ struct ColumnWords {
 };
 struct PhaseWords {
     using type = Phase;
-    static constexpr std::array<WordPair<Phase>, 4> all = {{{"load", Phase::load},
-                                                            {"request", Phase::request},
-                                                            {"step", Phase::step},
-                                                            {"final", Phase::final}}};
+    static constexpr std::array<WordPair<Phase>, 4> all = {
+        {{"load", Phase::load}, {"request", Phase::request}, {"step", Phase::step}, {"final", Phase::final}}};
 };
 struct TargetWords {
     using type = TargetKind;
     static constexpr std::array<WordPair<TargetKind>, 2> all = {
         {{"linear", TargetKind::linear}, {"conv", TargetKind::conv}}};
 };
+struct PrecisionWords {
+    using type = Precision;
+    static constexpr std::array<WordPair<Precision>, 4> all = {{{"fp16", Precision::fp16},
+                                                                {"bf16", Precision::bf16},
+                                                                {"int8", Precision::int8},
+                                                                {"int8-weights", Precision::int8_weights}}};
+};
+struct BackendWords {
+    using type = EngineBackend;
+    static constexpr std::array<WordPair<EngineBackend>, 2> all = {
+        {{"tensorrt", EngineBackend::tensorrt}, {"tensorrt-rtx", EngineBackend::tensorrt_rtx}}};
+};
 struct SideWords {
     using type = PadSide;
-    static constexpr std::array<WordPair<PadSide>, 2> all = {{{"left", PadSide::left}, {"right", PadSide::right}}};
+    static constexpr std::array<WordPair<PadSide>, 2> all = {
+        {{"left", PadSide::left}, {"right", PadSide::right}}};
 };
 
 template <class WordList>
@@ -229,8 +267,8 @@ std::string_view word(typename WordList::type value) {
 
 }  // namespace
 
-// The keys of each struct, in the order of docs/bundle.md. `visit(kind, key, field)` is a key that must be there,
-// `visit.optional` one that may be absent.
+// The keys of each struct, in the order of docs/bundle.md. `visit(kind, key, field)` is a key that must be
+// there, `visit.optional` one that may be absent.
 
 template <class Visitor>
 static void fields(Visitor& visit, Producer& value) {
@@ -319,7 +357,7 @@ static void fields(Visitor& visit, State& value) {
 template <class Visitor>
 static void fields(Visitor& visit, Sampler& value) {
     visit(Name{}, "class", value.class_name);
-    visit(Pair<StepsRule>{}, "steps", value.steps);
+    visit(Sizes<2, StepsRule>{}, "steps", value.steps);
     visit.optional(Boolean{}, "stochastic", value.stochastic);
 }
 
@@ -355,7 +393,7 @@ static void fields(Visitor& visit, DeltaTarget& value) {
     visit(Size{}, "in", value.in_features);
     visit(Size{}, "out", value.out_features);
     visit(Size{}, "rank", value.rank);
-    visit.optional(Nullable<Pair<TwoRule>>{}, "kernel", value.kernel);
+    visit.optional(Nullable<Sizes<2, TwoRule>>{}, "kernel", value.kernel);
 }
 
 template <class Visitor>
@@ -400,12 +438,25 @@ static void fields(Visitor& visit, LinkedTensor& value) {
 
 template <class Visitor>
 static void fields(Visitor& visit, Variant& value) {
+    visit(Word<PrecisionWords>{}, "precision", value.precision);
     visit(Table<Name, FilePath>{}, "graphs", value.graphs);
+    visit.optional(Nullable<FilePath>{}, "report", value.report);
 }
 
 template <class Visitor>
 static void fields(Visitor& visit, Engine& value) {
+    visit(Word<BackendWords>{}, "backend", value.backend);
+    visit(Name{}, "version", value.version);
+    visit(Narrowed<List<Narrowed<Text, CapabilityRule>>, SomeCapabilitiesRule>{}, "compute_capabilities",
+          value.compute_capabilities);
+    visit(Table<Name, Sizes<3, ThreeRule>>{}, "shapes", value.shapes);
     visit(Table<Name, FilePath>{}, "graphs", value.graphs);
+    visit(Table<FilePath, Digest>{}, "sources", value.sources);
+    visit.optional(Nullable<Name>{}, "variant", value.variant);
+    visit.optional(Nullable<Name>{}, "device", value.device);
+    visit.optional(Boolean{}, "version_compatible", value.version_compatible);
+    visit.optional(Boolean{}, "hardware_compatible", value.hardware_compatible);
+    visit.optional(Nullable<FilePath>{}, "report", value.report);
 }
 
 template <class Visitor>
@@ -442,6 +493,8 @@ static void fields(Visitor& visit, Manifest& value) {
 
 std::string_view name(TensorSource source) { return word<SourceWords>(source); }
 std::string_view name(Phase phase) { return word<PhaseWords>(phase); }
+std::string_view name(Precision precision) { return word<PrecisionWords>(precision); }
+std::string_view name(EngineBackend backend) { return word<BackendWords>(backend); }
 std::string_view name(TargetKind kind) { return word<TargetWords>(kind); }
 
 bool is_safe_path(std::string_view path) {
@@ -455,7 +508,8 @@ bool is_safe_path(std::string_view path) {
     for (std::size_t start = 0; start <= path.size();) {
         const std::size_t end = std::min(path.find('/', start), path.size());
         const std::string_view part = path.substr(start, end - start);
-        if (part.empty() || part == "." || part == ".." || part.back() == ' ' || part.back() == '.') return false;
+        if (part.empty() || part == "." || part == ".." || part.back() == ' ' || part.back() == '.')
+            return false;
         start = end + 1;
     }
     return true;
@@ -466,11 +520,29 @@ std::vector<std::int64_t> DeltaTarget::a_shape() const {
     return {rank, in_features, (*kernel)[0], (*kernel)[1]};
 }
 
+std::optional<std::string> Engine::covers(
+    const std::map<std::string, std::int64_t, std::less<>>& axes) const {
+    for (const auto& [axis, range] : shapes) {
+        const auto given = axes.find(axis);
+        if (given != axes.end() && (given->second < range[0] || given->second > range[2])) return axis;
+    }
+    return std::nullopt;
+}
+
+std::optional<std::string> Manifest::stale(std::string_view engine) const {
+    for (const auto& [path, digest] : engines.at(engine).sources) {
+        const File* entry = files.find(path);
+        if (!entry || entry->sha256 != digest) return path;
+    }
+    return std::nullopt;
+}
+
 Manifest Manifest::read(const std::filesystem::path& path) {
     std::string reason;
     std::string text;
     try {
-        if (path.native().find(std::filesystem::path::value_type{}) != std::filesystem::path::string_type::npos) {
+        if (path.native().find(std::filesystem::path::value_type{}) !=
+            std::filesystem::path::string_type::npos) {
             throw std::runtime_error("embedded null byte");
         }
         const auto file = std::filesystem::is_directory(path) ? path / manifest_file_name : path;
@@ -484,8 +556,7 @@ Manifest Manifest::read(const std::filesystem::path& path) {
         reason = error.what();
     }
     if (!reason.empty()) {
-        throw Error(ErrorKind::bundle,
-                    "No bundle can be read at " + show(display(path), 300) + ": " + reason,
+        throw Error(ErrorKind::bundle, "No bundle can be read at " + show(display(path), 300) + ": " + reason,
                     "Expected a directory with a " + std::string(manifest_file_name),
                     "Check the path, or make a bundle with `hywu export`");
     }
@@ -508,7 +579,8 @@ Manifest Manifest::parse(std::string_view json) {
     }
     if (!value.members()) codec::refuse(value, "(top level)", "an object");
     const Json* version = value.member("format");
-    const bool known = version && (FormatVersion::fits(*version) || (version->real() && *version->real() == 1.0));
+    const bool known =
+        version && (FormatVersion::fits(*version) || (version->real() && *version->real() == 1.0));
     if (!known) {
         throw Error(ErrorKind::bundle,
                     "manifest.json: `format` is " + (version ? codec::show(*version) : "None"),
@@ -528,7 +600,8 @@ Manifest Manifest::parse(std::string_view json) {
 
 std::vector<std::pair<std::string, std::string>> Manifest::reads(const Call& call) const {
     std::vector<std::pair<std::string, std::string>> result;
-    for (const Value& value : graphs.at(call.graph).inputs) result.emplace_back(value.name, call.input(value.name));
+    for (const Value& value : graphs.at(call.graph).inputs)
+        result.emplace_back(value.name, call.input(value.name));
     return result;
 }
 

@@ -225,12 +225,32 @@ struct LinkedTensor {
     std::vector<std::int64_t> shape;
 };
 
-// Files in place of the graphs' own. Graphs that are not named keep their file.
+enum class Precision { fp16, bf16, int8, int8_weights };
+enum class EngineBackend { tensorrt, tensorrt_rtx };
+std::string_view name(Precision precision);
+std::string_view name(EngineBackend backend);
+
+// The graphs in another precision, with the same signatures. Graphs that are not named keep their file.
 struct Variant {
+    Precision precision = Precision::fp16;
     Ordered<std::string> graphs;
+    std::optional<std::string> report;
 };
+
+// Compiled graphs for a device. `shapes`: axis to its smallest, best and largest size. `sources` are the
+// files that it was built from, with the hash they had: where one has changed since, the engine is stale.
 struct Engine {
-    Ordered<std::string> graphs;
+    EngineBackend backend = EngineBackend::tensorrt;
+    std::string version;
+    std::vector<std::string> compute_capabilities;
+    Ordered<std::array<std::int64_t, 3>> shapes;
+    Ordered<std::string> graphs, sources;
+    std::optional<std::string> variant, device;
+    bool version_compatible = false, hardware_compatible = false;
+    std::optional<std::string> report;
+
+    // The first of the axes whose size the engine does not take.
+    std::optional<std::string> covers(const std::map<std::string, std::int64_t, std::less<>>& axes) const;
 };
 
 // The licence of a source, and the file of the bundle with its text.
@@ -271,6 +291,9 @@ public:
     static Manifest read(const std::filesystem::path& path);
     // The same of the text of a manifest.json.
     static Manifest parse(std::string_view json);
+
+    // The first file that an engine was built from and that is another one by now.
+    std::optional<std::string> stale(std::string_view engine) const;
 
     // A call's graph inputs, and its outputs: graph name and tensor name, in the order of the graph's
     // signature.

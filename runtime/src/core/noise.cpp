@@ -11,7 +11,8 @@ std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
         const std::uint64_t p0 = std::uint64_t{0xd2511f53} * counter[0];
         const std::uint64_t p1 = std::uint64_t{0xcd9e8d57} * counter[2];
         counter = {static_cast<std::uint32_t>(p1 >> 32) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(p1),
-                   static_cast<std::uint32_t>(p0 >> 32) ^ counter[3] ^ key[1], static_cast<std::uint32_t>(p0)};
+                   static_cast<std::uint32_t>(p0 >> 32) ^ counter[3] ^ key[1],
+                   static_cast<std::uint32_t>(p0)};
         key = {key[0] + 0x9e3779b9U, key[1] + 0xbb67ae85U};
     }
     return counter;

@@ -163,8 +163,8 @@ std::string repr(double number) {
     if (std::isinf(number)) return number < 0 ? "-inf" : "inf";
     // The shortest digits that give the number back, then Python's choice of notation.
     std::array<char, 64> buffer{};
-    const auto end = std::to_chars(buffer.data(), buffer.data() + buffer.size(), number,
-                                   std::chars_format::scientific);
+    const auto end =
+        std::to_chars(buffer.data(), buffer.data() + buffer.size(), number, std::chars_format::scientific);
     std::string_view text(buffer.data(), static_cast<std::size_t>(end.ptr - buffer.data()));
     std::string result;
     if (text.front() == '-') {
@@ -181,7 +181,8 @@ std::string repr(double number) {
         std::snprintf(buffer.data(), buffer.size(), "e%+03d", exponent);
         return result + buffer.data();
     }
-    if (exponent < 0) return result + "0." + std::string(static_cast<std::size_t>(-exponent - 1), '0') + digits;
+    if (exponent < 0)
+        return result + "0." + std::string(static_cast<std::size_t>(-exponent - 1), '0') + digits;
     const std::size_t whole = static_cast<std::size_t>(exponent) + 1;
     if (digits.size() <= whole) return result + digits + std::string(whole - digits.size(), '0') + ".0";
     return result + digits.substr(0, whole) + "." + digits.substr(whole);
@@ -215,6 +216,8 @@ std::string join(const std::vector<std::string>& parts, std::string_view separat
     return result;
 }
 
-std::string show(std::string_view text, std::size_t limit) { return shorten(quote(text, true, limit), limit); }
+std::string show(std::string_view text, std::size_t limit) {
+    return shorten(quote(text, true, limit), limit);
+}
 
 }  // namespace hywu::core

@@ -12,8 +12,8 @@ namespace hywu::core {
 // What `decode_utf8` gives for a byte that begins no valid sequence.
 inline constexpr char32_t invalid_code_point = 0xffffffff;
 
-// The code point that begins at `text[at]`; moves `at` behind it, by one byte if it is invalid (surrogates and
-// overlong forms are).
+// The code point that begins at `text[at]`; moves `at` behind it, by one byte if it is invalid (surrogates
+// and overlong forms are).
 char32_t decode_utf8(std::string_view text, std::size_t& at) noexcept;
 void append_utf8(std::string& text, char32_t code_point);
 bool is_utf8(std::string_view text) noexcept;
@@ -21,7 +21,8 @@ bool is_utf8(std::string_view text) noexcept;
 std::size_t length(std::string_view text) noexcept;
 std::u32string to_utf32(std::string_view text);
 
-// Python's str.isprintable: no control, format, separator, surrogate, private or unassigned code point but the space.
+// Python's str.isprintable: no control, format, separator, surrogate, private or unassigned code point but
+// the space.
 bool is_printable(std::string_view text);
 
 // Python's repr() of a string.

@@ -16,7 +16,8 @@ namespace {
 using codec::at;
 using codec::malformed;
 
-// Of all calls together: graphs are listed once and called often, so that a short manifest could make a long program.
+// Of all calls together: graphs are listed once and called often, so that a short manifest could make a long
+// program.
 constexpr std::size_t max_ports = std::size_t{1} << 20;
 
 // Names in a set; they live in the manifest.
@@ -88,13 +89,14 @@ public:
         program();
         image();
         linked();
+        engines();
     }
 
 private:
     void files() const;
-    template <class Sets>
-    void graph_sets(const std::string& section, const Sets& sets,
-                    std::vector<std::pair<std::string, const std::string*>>& references) const;
+    template <class Additions>
+    void additions(const std::string& section, const Additions& all,
+                   std::vector<std::pair<std::string, const std::string*>>& references) const;
     void axes() const;
     void guidance();
     void schedules() const;
@@ -108,6 +110,7 @@ private:
     void flow(const std::vector<std::size_t>& order, bool guided) const;
     void image() const;
     void linked() const;
+    void engines() const;
 
     // What a run through the calls knows.
     struct Made {
@@ -119,7 +122,8 @@ private:
         Names states;
         Names fixed;  // tensors that a load call may read
     };
-    void readable(const std::string& where, const std::string& tensor, const Call& call, const Flow& flow) const;
+    void readable(const std::string& where, const std::string& tensor, const Call& call,
+                  const Flow& flow) const;
     void state(const Flow& flow) const;
     void results(const Flow& flow) const;
 
@@ -133,24 +137,27 @@ private:
     Names scales_;  // of guidance
 };
 
-template <class Sets>
-void Validator::graph_sets(const std::string& section, const Sets& sets,
-                           std::vector<std::pair<std::string, const std::string*>>& references) const {
-    for (const auto& [name, set] : sets) {
-        const std::string where = at(section, name) + ".graphs";
-        for (const auto& [graph, file] : set.graphs) {
-            known(where, graph, m_.graphs, "a graph of this bundle");
-            references.emplace_back(at(where, graph), &file);
+template <class Additions>
+void Validator::additions(const std::string& section, const Additions& all,
+                          std::vector<std::pair<std::string, const std::string*>>& references) const {
+    for (const auto& [name, addition] : all) {
+        const std::string where = at(section, name);
+        for (const auto& [graph, file] : addition.graphs) {
+            known(where + ".graphs", graph, m_.graphs, "a graph of this bundle");
+            references.emplace_back(at(where + ".graphs", graph), &file);
         }
+        if (addition.report) references.emplace_back(where + ".report", &*addition.report);
     }
 }
 
 void Validator::files() const {
     if (m_.files.contains(manifest_file_name)) {
-        throw malformed("files", "lists " + str(manifest_file_name) + " itself", "every file but the manifest");
+        throw malformed("files", "lists " + str(manifest_file_name) + " itself",
+                        "every file but the manifest");
     }
     std::vector<std::pair<std::string, const std::string*>> references;
-    for (const auto& [name, graph] : m_.graphs) references.emplace_back(at("graphs", name) + ".file", &graph.file);
+    for (const auto& [name, graph] : m_.graphs)
+        references.emplace_back(at("graphs", name) + ".file", &graph.file);
     for (const auto& [name, tokenizer] : m_.tokenizers) {
         references.emplace_back(at("tokenizers", name) + ".file", &tokenizer.file);
     }
@@ -158,11 +165,12 @@ void Validator::files() const {
         if (m_.licences[i].file) references.emplace_back(at("licences", i) + ".file", &*m_.licences[i].file);
     }
     if (m_.schedules) references.emplace_back("schedules.file", &m_.schedules->file);
-    graph_sets("variants", m_.variants, references);
-    graph_sets("engines", m_.engines, references);
+    additions("variants", m_.variants, references);
+    additions("engines", m_.engines, references);
     for (const auto& [where, file] : references) {
         if (!m_.files.contains(*file)) {
-            throw malformed(where, "is " + show(*file) + ", which `files` does not list", "a file of the bundle");
+            throw malformed(where, "is " + show(*file) + ", which `files` does not list",
+                            "a file of the bundle");
         }
     }
     for (std::size_t i = 0; i < m_.licences.size(); ++i) {
@@ -179,13 +187,13 @@ void Validator::axes() const {
         const std::string where = at("axes", name);
         if (axis.of.has_value() != axis.divide.has_value() || axis.of.has_value() == axis.min.has_value() ||
             axis.min.has_value() != axis.max.has_value()) {
-            throw malformed(where, "mixes the two forms of an axis", "either `min` and `max`, or `of` and `divide`");
+            throw malformed(where, "mixes the two forms of an axis",
+                            "either `min` and `max`, or `of` and `divide`");
         }
         if (axis.min && axis.max) {
             if (*axis.min > *axis.max) {
                 throw malformed(
-                    where,
-                    "has min " + std::to_string(*axis.min) + " above max " + std::to_string(*axis.max),
+                    where, "has min " + std::to_string(*axis.min) + " above max " + std::to_string(*axis.max),
                     "min ≤ max");
             }
             if (*axis.max / axis.multiple * axis.multiple < *axis.min) {
@@ -199,7 +207,8 @@ void Validator::axes() const {
         if (axis.one_or) {
             known(where + ".one_or", *axis.one_or, m_.axes, "an axis");
             if (derived(m_.axes.at(*axis.one_or)) || *axis.one_or == name) {
-                throw malformed(where + ".one_or", "is " + show(*axis.one_or), "an axis with limits of its own");
+                throw malformed(where + ".one_or", "is " + show(*axis.one_or),
+                                "an axis with limits of its own");
             }
         }
         if (axis.of) {
@@ -211,8 +220,8 @@ void Validator::axes() const {
             }
             if (base.multiple % *axis.divide != 0) {
                 throw malformed(where + ".divide",
-                                "is " + std::to_string(*axis.divide) + ", which does not divide every size of " +
-                                    show(*axis.of),
+                                "is " + std::to_string(*axis.divide) +
+                                    ", which does not divide every size of " + show(*axis.of),
                                 "a divisor of its multiple, " + std::to_string(base.multiple));
             }
         }
@@ -223,7 +232,8 @@ void Validator::guidance() {
     for (std::size_t i = 0; i < m_.guidance.size(); ++i) {
         const Guidance& guidance = m_.guidance[i];
         if (!scales_.insert(guidance.name).second) {
-            throw malformed(at("guidance", i) + ".name", "repeats " + show(guidance.name), "a name of its own");
+            throw malformed(at("guidance", i) + ".name", "repeats " + show(guidance.name),
+                            "a name of its own");
         }
         if (guidance.above.has_value() == guidance.at_least.has_value()) {
             throw malformed(at("guidance", i), "does not say when it applies",
@@ -315,11 +325,12 @@ void Validator::keys(const std::string& where, const ProvidedTensor& tensor) con
     for (const Key& key : all) {
         const bool allowed = key.source == tensor.source;
         if (key.given && !allowed) {
-            throw malformed(where + "." + str(key.name), "does not go with source " + str(name(tensor.source)),
-                            "no such key");
+            throw malformed(where + "." + str(key.name),
+                            "does not go with source " + str(name(tensor.source)), "no such key");
         }
         if (!key.given && allowed && key.name != "text" && key.name != "constant") {
-            throw malformed(where + "." + str(key.name), "is missing", "it with source " + str(name(tensor.source)));
+            throw malformed(where + "." + str(key.name), "is missing",
+                            "it with source " + str(name(tensor.source)));
         }
     }
 }
@@ -383,7 +394,8 @@ void Validator::source(const std::string& where, const ProvidedTensor& tensor) c
             break;
         case TensorSource::schedule:
             if (!m_.schedules) {
-                throw malformed(where, "reads the schedule, but there is no `schedules`", "a `schedules` section");
+                throw malformed(where, "reads the schedule, but there is no `schedules`",
+                                "a `schedules` section");
             }
             if (tensor.column != Column::coefficients) {
                 fixed(floats, Dims{});
@@ -457,7 +469,8 @@ void Validator::program() {
         const Graph& graph = m_.graphs.at(call.graph);
         ports += graph.inputs.size() + graph.outputs.size();
         if (ports > max_ports) {
-            throw malformed("program", "has more than 2^20 inputs and outputs", "a program that a machine could run");
+            throw malformed("program", "has more than 2^20 inputs and outputs",
+                            "a program that a machine could run");
         }
         const auto side = [&](const std::string& label, const Ordered<std::string>& mapping,
                               const std::vector<Value>& values) {
@@ -465,7 +478,8 @@ void Validator::program() {
             Names names;
             for (const Value& value : values) names.insert(value.name);
             for (const auto& [port, tensor] : mapping) {
-                known(where + "." + label, port, names, "among the " + label + " of graph " + show(call.graph));
+                known(where + "." + label, port, names,
+                      "among the " + label + " of graph " + show(call.graph));
             }
         };
         side("inputs", call.inputs, graph.inputs);
@@ -554,7 +568,8 @@ void Validator::readable(const std::string& where, const std::string& tensor, co
                          "constant texts and what is made of them");
     };
     if (const ProvidedTensor* provided = m_.tensors.find(tensor)) {
-        const ProvidedTensor& text = provided->source == TensorSource::mask ? m_.tensors.at(*provided->of) : *provided;
+        const ProvidedTensor& text =
+            provided->source == TensorSource::mask ? m_.tensors.at(*provided->of) : *provided;
         if (call.phase == Phase::load && !text.constant) throw not_constant();
         if (call.phase != Phase::step && provided->changes()) {
             throw malformed(where, "reads " + show(tensor) + " in phase " + str(name(call.phase)),
@@ -586,10 +601,10 @@ void Validator::agree(const std::string& where, const Value& value, const Value&
                        std::equal(value.shape.begin(), value.shape.end(), other.shape.begin(),
                                   [this](const Dim& a, const Dim& b) { return same(a, b); });
     if (equal) return;
-    throw malformed(where,
-                    "has shape " + written(value.shape) + ", but " + show(other.name) + " has " +
-                        written(other.shape),
-                    "equal shapes");
+    throw malformed(
+        where,
+        "has shape " + written(value.shape) + ", but " + show(other.name) + " has " + written(other.shape),
+        "equal shapes");
 }
 
 // Equal dimensions; an axis that is `one_or` of another goes with that other.
@@ -710,6 +725,28 @@ void Validator::linked() const {
                 throw malformed(key + ".offset",
                                 "is " + std::to_string(tensor.offset) + ", which reads past the file's end",
                                 "an offset within the file");
+            }
+        }
+    }
+}
+
+void Validator::engines() const {
+    for (const auto& [name, engine] : m_.engines) {
+        const std::string where = at("engines", name);
+        for (const auto& [axis, sizes] : engine.shapes) {
+            const std::string key = at(where + ".shapes", axis);
+            known(where + ".shapes", axis, m_.axes, "an axis");
+            const Axis& limits = m_.axes.at(axis);
+            if (!limits.min || !limits.max) {
+                throw malformed(key, "is a derived axis", "an axis with limits of its own");
+            }
+            const bool fits = std::all_of(sizes.begin(), sizes.end(), [&](std::int64_t size) {
+                return *limits.min <= size && size <= *limits.max && size % limits.multiple == 0;
+            });
+            if (!fits) {
+                throw malformed(key, "is " + repr(std::vector<std::int64_t>(sizes.begin(), sizes.end())),
+                                "multiples of " + std::to_string(limits.multiple) + " from " +
+                                    std::to_string(*limits.min) + " to " + std::to_string(*limits.max));
             }
         }
     }

@@ -1,12 +1,10 @@
-#define NOMINMAX
-#define WIN32_LEAN_AND_MEAN
 #include <windows.h>
 
 #include <algorithm>
 #include <random>
 #include <system_error>
 
-#include "core/platform.hpp"
+#include "core/files.hpp"
 
 namespace hywu::core {
 
@@ -64,8 +62,8 @@ private:
 }  // namespace
 
 InputFile::InputFile(const std::filesystem::path& path) {
-    handle_ = CreateFileW(path.c_str(), GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, nullptr, OPEN_EXISTING,
-                          FILE_ATTRIBUTE_NORMAL, nullptr);
+    handle_ = CreateFileW(path.c_str(), GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, nullptr,
+                          OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
     if (handle_ == INVALID_HANDLE_VALUE) fail();
     LARGE_INTEGER size{};
     const DWORD problem = GetFileType(handle_) != FILE_TYPE_DISK ? ERROR_INVALID_PARAMETER

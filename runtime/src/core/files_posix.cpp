@@ -9,7 +9,7 @@
 #include <random>
 #include <system_error>
 
-#include "core/platform.hpp"
+#include "core/files.hpp"
 
 namespace hywu::core {
 
@@ -42,7 +42,8 @@ public:
 
     void write(std::string_view data) const {
         while (!data.empty()) {
-            const ssize_t written = ::write(descriptor_, data.data(), std::min<std::size_t>(data.size(), 1 << 30));
+            const ssize_t written =
+                ::write(descriptor_, data.data(), std::min<std::size_t>(data.size(), 1 << 30));
             if (written < 0 && errno == EINTR) continue;
             if (written < 0) fail();
             data.remove_prefix(static_cast<std::size_t>(written));
@@ -85,9 +86,9 @@ InputFile::~InputFile() { ::close(descriptor_); }
 std::size_t InputFile::read_at(std::uint64_t offset, void* data, std::size_t bytes) const {
     std::size_t done = 0;
     while (done < bytes) {
-        const ssize_t got = ::pread(descriptor_, static_cast<char*>(data) + done,
-                                    std::min<std::size_t>(bytes - done, 1 << 30),
-                                    static_cast<off_t>(offset + done));
+        const ssize_t got =
+            ::pread(descriptor_, static_cast<char*>(data) + done,
+                    std::min<std::size_t>(bytes - done, 1 << 30), static_cast<off_t>(offset + done));
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) fail();
         if (got == 0) break;

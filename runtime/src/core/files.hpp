@@ -38,8 +38,8 @@ private:
 #endif
 };
 
-// A whole file, mapped read-only. Reading a mapping whose file has been truncated since kills the process, as with any
-// memory map.
+// A whole file, mapped read-only. Reading a mapping whose file has been truncated since kills the process, as
+// with any memory map.
 class MappedFile {
 public:
     explicit MappedFile(const std::filesystem::path& path);
@@ -58,8 +58,8 @@ private:
 // The first bytes of a file, at most `limit`.
 std::string read_file(const std::filesystem::path& path, std::size_t limit);
 
-// Writes the pieces one after the other to a temporary sibling of `path` that then takes its place: the file is written
-// whole or not at all.
+// Writes the pieces one after the other to a temporary sibling of `path` that then takes its place: the file
+// is written whole or not at all.
 void write_atomically(const std::filesystem::path& path, const std::vector<std::string_view>& pieces);
 
 }  // namespace hywu::core

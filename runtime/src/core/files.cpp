@@ -1,5 +1,5 @@
 // What is the same everywhere.
-#include "core/platform.hpp"
+#include "core/files.hpp"
 
 #include <algorithm>
 
