@@ -456,6 +456,19 @@ const char* hywu_backend_missing(const char* name) {
     return result;
 }
 
+const char* hywu_backend_version(const char* name) {
+    static thread_local std::string text;
+    const char* result = nullptr;
+    guard([&] {
+        for (const backends::Entry& entry : backends::entries()) {
+            if (name == nullptr || entry.name != name || entry.missing()) continue;
+            text = entry.version ? entry.version() : "";
+            result = text.c_str();
+        }
+    });
+    return result;
+}
+
 hywu_status hywu_editor_params_init(hywu_editor_params* params, size_t struct_size) {
     return guard(
         [&] { api::write_struct(params, struct_size, editor_defaults(), {}, "hywu_editor_params"); });
