@@ -96,11 +96,11 @@ std::vector<Bpe::Symbol> Bpe::symbols(std::string_view piece) const {
         if (!all.empty()) all.back().next = at;
         all.push_back({id, at - 1, -1, static_cast<std::uint32_t>(length)});
     };
-    std::optional<std::uint32_t> unknown;  // one that is still to be added, of this length
-    std::size_t unknown_length = 0;
+    std::uint32_t unknown = 0;
+    std::size_t unknown_length = 0;  // of an unknown one that is still to be added; 0 if there is none
     const auto add_unknown = [&] {
-        if (unknown) add(*unknown, unknown_length);
-        unknown.reset();
+        if (unknown_length > 0) add(unknown, unknown_length);
+        unknown_length = 0;
     };
     std::string text;
     for (std::size_t at = 0; at < piece.size();) {
@@ -111,9 +111,9 @@ std::vector<Bpe::Symbol> Bpe::symbols(std::string_view piece) const {
         if (begin > 0) text += prefix_;
         text += piece.substr(begin, length);
         if (at == piece.size()) text += suffix_;
-        if (const auto id = token_to_id(text)) {
+        if (const auto known = token_to_id(text)) {
             add_unknown();
-            add(*id, length);
+            add(*known, length);
             continue;
         }
         if (byte_fallback_ && all_have_tokens(text, bytes_)) {
@@ -122,13 +122,14 @@ std::vector<Bpe::Symbol> Bpe::symbols(std::string_view piece) const {
             continue;
         }
         if (!unknown_) continue;
-        if (unknown && fuse_unknown_) {
+        if (unknown_length > 0 && fuse_unknown_) {
             unknown_length += length;
             continue;
         }
         add_unknown();
-        unknown = token_to_id(*unknown_);
-        if (!unknown) throw UnknownToken("the unknown token " + core::show(*unknown_) + " is not in its vocabulary");
+        const auto id = token_to_id(*unknown_);
+        if (!id) throw UnknownToken("the unknown token " + core::show(*unknown_) + " is not in its vocabulary");
+        unknown = *id;
         unknown_length = length;
     }
     add_unknown();

@@ -5,8 +5,9 @@
 
 #include "core/error.hpp"
 #include "core/log.hpp"
-#include "core/platform.hpp"
+#include "core/files.hpp"
 #include "core/text.hpp"
+#include "text/regex.hpp"
 #include "text/tokenizer.hpp"
 
 namespace hywu::text {

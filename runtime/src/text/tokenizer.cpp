@@ -4,6 +4,7 @@
 
 #include "core/error.hpp"
 #include "text/bpe.hpp"
+#include "text/regex.hpp"
 #include "text/unigram.hpp"
 
 namespace hywu::text {
