@@ -28,10 +28,10 @@ using backends::TensorMap;
 // graph's and the output's name and on its own place.
 inline void fake_graph(const std::string& file, const std::map<std::string, std::vector<double>>& inputs,
                        const std::string& output, std::vector<double>& values) {
-    double mixed = 0.1 * static_cast<double>(file.size()) + 0.01 * static_cast<double>(output.size());
+    double mixed = 0.1 * static_cast<double>(file.size()) + 0.01 * static_cast<double>(output.size()), place = 0;
     for (const auto& [port, elements] : inputs) {
-        mixed += 0.001 * static_cast<double>(port.size());
-        for (const double element : elements) mixed = std::sin(1.7 * mixed + element);
+        place += 0.1 * static_cast<double>(port.size());
+        for (const double element : elements) mixed += std::sin(1.7 * element + (place += 1));
     }
     for (std::size_t i = 0; i < values.size(); ++i)
         values[i] = std::sin(mixed * 3 + 0.37 * static_cast<double>(i));

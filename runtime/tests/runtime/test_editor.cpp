@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "api/errors.hpp"
+#include "core/noise.hpp"
 #include "counting.hpp"
 #include "fake_backend.hpp"
 #include "runtime/editor.hpp"
