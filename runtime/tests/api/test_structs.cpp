@@ -68,7 +68,7 @@ TEST_CASE("sizes that no version had are refused") {
 }
 
 TEST_CASE("results fit the caller's struct, and no byte behind it is touched") {
-    std::vector<Params> memory(1);
+    std::vector<Params> memory(64);
     Params& small = memory[0];
     std::memset(memory.data(), 0x55, sizeof small);
     small.struct_size = version_1;
