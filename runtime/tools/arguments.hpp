@@ -1,6 +1,8 @@
 // Command-line arguments of the executables, and how they end.
 #pragma once
 
+#include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/error.hpp"
 #include "hywu/hywu.hpp"
 
 namespace hywu::tools {
@@ -186,6 +189,9 @@ inline int run(const std::function<int()>& command) {
     } catch (const Error& error) {
         std::fprintf(stderr, "Error: %s\n", error.what());
         return exit_code(error.status());
+    } catch (const core::Error& error) {  // of an image file
+        std::fprintf(stderr, "Error: %s\n", error.what());
+        return 2;
     } catch (const std::exception& error) {
         std::fprintf(stderr, "Error: %s\n", error.what());
         return 1;

@@ -12,7 +12,7 @@
 
 #include "arguments.hpp"
 #include "hywu/hywu.hpp"
-#include "image_file.hpp"
+#include "photo.hpp"
 #include "terminal.hpp"
 
 namespace {
@@ -123,9 +123,9 @@ int bench(int count, char** values) {
     if (const auto x = arguments.number("--guidance")) request.guidance["text"] = {*x};
     if (const auto x = arguments.number("--image-guidance")) request.guidance["image"] = {*x};
     if (const auto size = arguments.size("--size")) std::tie(request.width, request.height) = *size;
-    hywu::tools::Photo photo;
+    hywu::tools::Image photo;
     if (const auto path = arguments.text("--photo")) {
-        photo = hywu::tools::load_photo(*path, editor, {request.width, request.height});
+        photo = hywu::tools::load_photo(*path, editor, request);
     } else {
         const hywu_limits limits = editor.limits();
         photo.width = request.width;

@@ -8,7 +8,7 @@
 
 #include "arguments.hpp"
 #include "hywu/hywu.hpp"
-#include "image_file.hpp"
+#include "photo.hpp"
 #include "terminal.hpp"
 
 namespace {
@@ -153,7 +153,8 @@ int edit(int count, char** values) {
     std::signal(SIGINT, SIG_DFL);
 
     const hywu::Pixels picture = images[0];
-    hywu::tools::save_picture(out, picture.data, picture.width, picture.height);
+    const auto bytes = picture.bytes();
+    hywu::tools::write_image(out, {picture.width, picture.height, {bytes.begin(), bytes.end()}});
     if (save_deltas) deltas->save(*save_deltas);
     const hywu::Timings timings = editor.timings();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
