@@ -16,7 +16,11 @@ def executable(name: str) -> Path:
     ``HYWU_CPP_BUILD`` names another folder than ``build/release``.
     """
     build = Path(os.environ.get("HYWU_CPP_BUILD", ROOT / "build" / "release"))
-    found = [path for path in build.rglob(f"{name}*") if path.is_file() and path.stem == name and os.access(path, os.X_OK)]
+    found = [
+        path
+        for path in build.rglob(f"{name}*")
+        if path.is_file() and path.stem == name and os.access(path, os.X_OK)
+    ]
     if not found:
         message = f"{name} is not in {build}: run `make cpp`"
         if "CI" in os.environ:

@@ -51,7 +51,9 @@ AddedTokens::AddedTokens(const core::Json& list, const Model& model, const Norma
     std::vector<std::string> contents;
     contents.reserve(tokens_.size());
     std::vector<Trie::Entry> exact, normalized;
-    for (const auto& [id, token] : tokens_) {
+    // From the highest id down: of tokens that are the same when normalised, the one of the lowest is found.
+    for (auto entry = tokens_.rbegin(); entry != tokens_.rend(); ++entry) {
+        const auto& [id, token] = *entry;
         if (!token.normalized) {
             exact.emplace_back(token.content, id);
             continue;

@@ -34,9 +34,9 @@ constexpr std::string_view hexadecimal = "0-9A-Fa-f";
 constexpr std::array<std::string_view, 37> categories = {
     "L",  "Lu", "Ll", "Lt", "Lm", "Lo", "M",  "Mn", "Mc", "Me", "N",  "Nd", "Nl", "No", "P",  "Pc", "Pd", "Ps", "Pe",
     "Pi", "Pf", "Po", "S",  "Sm", "Sc", "Sk", "So", "Z",  "Zs", "Zl", "Zp", "C",  "Cc", "Cf", "Cn", "Co", "Any"};
-constexpr std::array<std::string_view, 14> scripts = {
-    "Arabic", "Armenian", "Bopomofo", "Cyrillic", "Devanagari", "Greek", "Han",
-    "Hangul", "Hebrew",   "Hiragana", "Katakana", "Latin",      "Thai",  "Bengali"};
+constexpr std::array<std::string_view, 12> scripts = {"Armenian", "Bengali", "Bopomofo", "Devanagari",
+                                                      "Greek",    "Han",     "Hangul",   "Hebrew",
+                                                      "Hiragana", "Katakana", "Latin",   "Thai"};
 
 [[noreturn]] void refuse(const std::string& what) { throw PatternError(what); }
 
