@@ -162,7 +162,6 @@ PATTERNS += [r"[[:space:][:digit:]]", r"\p{Latin}", "^", "$", ".", r"\p{Cn}", te
         pre_tokenizers.Digits(True),
         pre_tokenizers.Whitespace(),
         pre_tokenizers.WhitespaceSplit(),
-        # Many at once: a piece that one of them cuts is cut for the others too, so these see what is left.
         *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS),
     ],
     ids=["Punctuation", "Digits", "Whitespace", "WhitespaceSplit", *PATTERNS],
@@ -200,6 +199,7 @@ SPLITTERS += [
     Regex("a(?#comment)-"),
     Regex("(?m:a.)"),
     Regex("a."),
+    Regex(r"[\p{N}-a]"),
 ]
 BEHAVIOURS = ["removed", "isolated", "merged_with_previous", "merged_with_next", "contiguous"]
 
@@ -233,9 +233,7 @@ def test_metaspace(tmp_path: Path, scheme: str, split: bool) -> None:
         normalizers.Strip(),
         normalizers.StripAccents(),
         normalizers.Replace(Regex("^x*"), "y"),
-        normalizers.Sequence(
-            [normalizers.Replace(Regex("^"), "xy"), normalizers.NFC(), normalizers.Lowercase()]
-        ),
+        normalizers.Sequence([normalizers.Replace(Regex("^[xé ]+"), "xy"), normalizers.NFC()]),
         normalizers.Sequence([normalizers.Prepend("<s>a"), normalizers.NFD(), normalizers.Replace("a", "")]),
     ):
         tokenizer = text_cases.letter_by_letter(
@@ -378,7 +376,7 @@ PATTERNS_REFUSED += [
     "(?<a",
     "(?#",
 ]
-PATTERNS_REFUSED += [r"[\p{L}-z]", "[a-\\d]", r"\cA", "[[:alpha:]]", "(?<=a*)b"]
+PATTERNS_REFUSED += ["[a-\\d]", r"\cA", "[[:alpha:]]", "(?<=a*)b"]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS_REFUSED, ids=lambda p: p[:10])
