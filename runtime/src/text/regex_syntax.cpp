@@ -373,7 +373,10 @@ private:
             }
             first = false;
             char32_t low = 0;
-            if (set_of_its_own(text, low)) continue;
+            if (set_of_its_own(text, low)) {
+                if (next_is("-") && !next_is("-]")) refuse("a range in a character class begins with a class");
+                continue;
+            }
             if (!(next_is("-") && in_.substr(at_, 2) != "-]" && at_ + 1 < in_.size())) {
                 text += literal(low);
                 continue;
