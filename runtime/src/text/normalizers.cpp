@@ -16,6 +16,7 @@ namespace hywu::text {
 namespace {
 
 constexpr std::string_view where = "normalizer";
+constexpr std::size_t max_prefix = 1 << 16;
 
 void check_size(const NormalizedString& text) {
     if (text.text().size() > max_normalized_bytes) {
@@ -64,7 +65,9 @@ private:
 
 class Prepend : public Normalizer {
 public:
-    explicit Prepend(const core::Json& description) : prefix_(string_member(description, "prepend", where)) {}
+    explicit Prepend(const core::Json& description) : prefix_(string_member(description, "prepend", where)) {
+        if (prefix_.size() > max_prefix) throw UnsupportedTokenizer("its normalizer prepends more than 64 KiB");
+    }
     void normalize(NormalizedString& text) const override { text.prepend(prefix_); }
 
 private:

@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::string_view where = "post_processor";
 // A template of a hostile file may repeat a text very often.
-constexpr std::size_t max_pieces = 64, max_added = 1 << 16;
+constexpr std::size_t max_pieces = 64;
 
 // It changes offsets, which nobody asks for here.
 class ByteLevel : public PostProcessor {
@@ -74,7 +74,6 @@ public:
             if (parts.size() > max_pieces) throw UnsupportedTokenizer("its post_processor has more than 64 pieces");
         }
         for (const Part& part : single_) added_ += part.ids.size();
-        if (added_ > max_added) throw UnsupportedTokenizer("its post_processor adds more than 65,536 tokens");
     }
     std::size_t added() const override { return added_; }
     std::size_t sequences(std::size_t count) const override {

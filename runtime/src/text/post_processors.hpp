@@ -12,6 +12,8 @@ namespace hywu::text {
 
 using Ids = std::vector<std::uint32_t>;
 
+inline constexpr std::size_t max_special_tokens = 1 << 16;
+
 class PostProcessor {
 public:
     virtual ~PostProcessor() = default;

@@ -11,7 +11,7 @@
 
 namespace hywu::text {
 
-// A piece of a text, or an added token.
+// A piece of a text, or an added token, whose text no longer matters.
 struct Piece {
     NormalizedString text;
     std::optional<std::uint32_t> token;

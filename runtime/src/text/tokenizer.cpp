@@ -41,6 +41,9 @@ Tokenizer::Tokenizer(std::string_view json) {
     if (const core::Json* post_processor = part(rest, "post_processor")) {
         post_processor_ = make_post_processor(*post_processor);
         post_processor_->sequences(1);
+        if (post_processor_->added() > max_special_tokens) {
+            throw UnsupportedTokenizer("its post_processor adds more than 65,536 tokens");
+        }
     }
     try {
         model_ = make_model(std::move(file), member(rest, "model", ""));
@@ -55,6 +58,7 @@ Tokenizer::Tokenizer(std::string_view json) {
 }
 
 Tokenizer::Result Tokenizer::encode(std::string_view text, std::optional<std::size_t> max_length) const {
+    const SearchTime search_time;
     Pieces pieces = added_tokens_->extract(text, normalizer_.get());
     if (pre_tokenizer_) pre_tokenizer_->pre_tokenize(pieces);
     const std::size_t added = post_processor_ ? post_processor_->added() : 0;
