@@ -16,7 +16,7 @@ import text_cases
 from cpp_build import executable
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from hywu_runtime.errors import HywuError
 from hywu_runtime.manifest import Tokenizer as Entry
@@ -256,6 +256,27 @@ def test_metaspace(tmp_path: Path, scheme: str, split: bool) -> None:
             "ÀÉ é",
         ]
         compare(path, texts + LINES[:300])
+
+
+def test_added_tokens_that_strip(tmp_path: Path) -> None:
+    tokens = [
+        AddedToken(" ", rstrip=True, normalized=False),
+        AddedToken("a", lstrip=True, rstrip=True, normalized=False),
+        AddedToken("  b", single_word=True, normalized=False),
+        AddedToken("É", lstrip=True),
+        AddedToken("é ", rstrip=True, special=True),
+        AddedToken("ab", normalized=False),
+    ]
+    texts = ["".join(letters) for letters in itertools.product(" abÉ\u3000", repeat=5)]
+    for some in (tokens, tokens[1:], tokens[1:2] + tokens[4:], tokens[2:]):
+        tokenizer = text_cases.letter_by_letter(normalizers.Lowercase(), pre_tokenizers.Metaspace())
+        tokenizer.add_tokens(some)
+        path = tmp_path / "tokenizer.json"
+        tokenizer.save(str(path))
+        compare(path, texts)
+    tokenizer.add_tokens(tokens)
+    tokenizer.save(str(path))
+    assert run(path, [" " * 900_000], timeout=20)[0].count(" ") > 100_000
 
 
 @pytest.mark.parametrize(("length", "side"), [(77, "right"), (12, "left"), (2, "right"), (3, "left")])

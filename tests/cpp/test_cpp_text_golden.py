@@ -1,4 +1,4 @@
-"""The token ids that the C++ unit tests compare with, where there is no Python: they are still the library's."""
+"""The token ids that the C++ unit tests compare with, where there is no Python, are the library's."""
 
 from __future__ import annotations
 
