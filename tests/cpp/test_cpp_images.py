@@ -6,12 +6,12 @@ import io
 import struct
 import subprocess
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cpp_build import executable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
@@ -21,10 +21,16 @@ from hywu_runtime.images import load_photo, parse_size, working_size
 from hywu_runtime.manifest import ImagePolicy
 
 PHOTO = Path(__file__).resolve().parents[2] / "demo" / "photos"
+PROGRAM: list[Path] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _program(executable: Callable[[str], Path]) -> None:
+    PROGRAM[:] = [executable("hywu_image_pixels")]
 
 
 def pixels(*arguments: object, given: bytes = b"") -> bytes:
-    command = [str(executable("hywu_image_pixels")), *map(str, arguments)]
+    command = [str(PROGRAM[0]), *map(str, arguments)]
     result = subprocess.run(command, input=given, capture_output=True)
     if result.returncode == 1:
         raise InputError(result.stderr.decode().removeprefix("error: ").strip())

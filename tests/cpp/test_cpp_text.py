@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import text_cases
-from cpp_build import executable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
@@ -24,13 +23,19 @@ from hywu_runtime.text import PromptEncoder
 
 LINES = text_cases.lines(21_000)
 MAIN = ("demo", "clip", "gpt2", "qwen2", "t5")  # the others see every fifth line
+PROGRAM: list[Path] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _program(executable: Callable[[str], Path]) -> None:
+    PROGRAM[:] = [executable("hywu_encode_texts")]
 
 
 def run(path: Path, texts: Iterable[str | bytes], *arguments: object, timeout: float = 120) -> list[str]:
     """The answers of `hywu_encode_texts`, a line for every text."""
     encoded = [text.encode() if isinstance(text, str) else text for text in texts]
     data = b"".join(struct.pack("<I", len(text)) + text for text in encoded)
-    command = [str(executable("hywu_encode_texts")), str(path), *map(str, arguments)]
+    command = [str(PROGRAM[0]), str(path), *map(str, arguments)]
     result = subprocess.run(command, input=data, capture_output=True, timeout=timeout)
     assert result.returncode in (0, 1), result.stderr
     return result.stdout.decode().splitlines()

@@ -82,7 +82,7 @@ struct Boolean {
     }
 };
 
-// `Base`, narrowed: `Rule` has `what()` and `test(value)`, and `written(value)` for the message.
+// `Base`, narrowed: `Rule` has `what()` and `test(value)`.
 template <class Base, class Rule>
 struct Narrowed {
     using type = typename Base::type;
@@ -90,11 +90,12 @@ struct Narrowed {
     static bool fits(const Json& value) { return Base::fits(value); }
     static type decode(const Json& value, const std::string& where) {
         type result = Base::decode(value, where);
-        check(result, where);
+        if (!Rule::test(result)) refuse(value, where, what());
         return result;
     }
-    static void check(const type& value, const std::string& where) {
-        if (!Rule::test(value)) throw malformed(where, "is " + Rule::written(value), what());
+    // The same of a key.
+    static void check(const std::string& key, const std::string& where) {
+        if (!Rule::test(key)) throw malformed(where, "is " + core::show(key), what());
     }
 };
 

@@ -368,13 +368,15 @@ Deltas Deltas::select(std::int64_t sample) const {
                           "The set is for " + std::to_string(batch()), "Choose one of these");
     }
     Deltas result;
+    const std::int64_t samples = batch();
     for (const auto& [name, array] : tensors_) {
         if (array->shape()[0] == 1) {
             result.tensors_.emplace(name, array);
             continue;
         }
-        if (sample >= array->shape()[0])
+        if (array->shape()[0] != samples) {
             throw shape_error(name, repr(array->shape()), "one D for all tensors");
+        }
         Shape shape = array->shape();
         const std::size_t bytes = array->bytes() / static_cast<std::size_t>(shape[0]);
         shape[0] = 1;
