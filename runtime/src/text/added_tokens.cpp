@@ -100,8 +100,8 @@ void AddedTokens::append(const NormalizedString& text, const Trie& trie, Pieces&
         }
         at = end;
         const Token& token = tokens_.at(id);
-        if (token.single_word && ((begin > 0 && is_word(before(all, begin))) ||
-                                  (end < all.size() && is_word(after(all, end))))) {
+        if (token.single_word &&
+            ((begin > 0 && is_word(before(all, begin))) || (end < all.size() && is_word(after(all, end))))) {
             continue;
         }
         if (token.left_strip) {

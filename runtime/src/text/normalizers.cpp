@@ -54,7 +54,8 @@ public:
         const Matches matches = pattern_.find(text.text());
         std::size_t size = text.text().size();
         for (const Match& match : matches) size += match.found ? content_.size() : 0;
-        if (size > max_normalized_bytes) throw UnsupportedTokenizer("its normalizers let a text grow beyond 64 MiB");
+        if (size > max_normalized_bytes)
+            throw UnsupportedTokenizer("its normalizers let a text grow beyond 64 MiB");
         text.replace(matches, content_);
     }
 
@@ -66,7 +67,8 @@ private:
 class Prepend : public Normalizer {
 public:
     explicit Prepend(const core::Json& description) : prefix_(string_member(description, "prepend", where)) {
-        if (prefix_.size() > max_prefix) throw UnsupportedTokenizer("its normalizer prepends more than 64 KiB");
+        if (prefix_.size() > max_prefix)
+            throw UnsupportedTokenizer("its normalizer prepends more than 64 KiB");
     }
     void normalize(NormalizedString& text) const override { text.prepend(prefix_); }
 

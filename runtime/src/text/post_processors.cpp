@@ -71,7 +71,8 @@ public:
             for (const core::Json& piece : array_member(description, key, where)) {
                 parts.push_back(part(piece, specials));
             }
-            if (parts.size() > max_pieces) throw UnsupportedTokenizer("its post_processor has more than 64 pieces");
+            if (parts.size() > max_pieces)
+                throw UnsupportedTokenizer("its post_processor has more than 64 pieces");
         }
         for (const Part& part : single_) added_ += part.ids.size();
     }
@@ -115,7 +116,8 @@ private:
         const std::string& name = string_member(special, "id", "a piece of post_processor");
         const auto found = specials.find(name);
         if (found == specials.end()) {
-            throw FileError("the token " + core::show(name) + " of post_processor is not in its special_tokens");
+            throw FileError("the token " + core::show(name) +
+                            " of post_processor is not in its special_tokens");
         }
         return {{}, found->second};
     }

@@ -30,8 +30,8 @@ protected:
     PostProcessor() = default;
 };
 
-// The post-processor of a tokenizer file: TemplateProcessing, RobertaProcessing, BertProcessing, ByteLevel, or a
-// Sequence of these. Throws FileError, UnsupportedTokenizer.
+// The post-processor of a tokenizer file: TemplateProcessing, RobertaProcessing, BertProcessing, ByteLevel,
+// or a Sequence of these. Throws FileError, UnsupportedTokenizer.
 std::unique_ptr<PostProcessor> make_post_processor(const core::Json& description);
 
 }  // namespace hywu::text

@@ -98,7 +98,8 @@ std::optional<Changes> Precompiled::normalize(std::string_view text) const {
         }
         for (std::size_t at = 0; at < by.size();) changes.push_back({core::decode_utf8(by, at), 0});
         if (difference > 0) {
-            for (int i = 0; i < difference; ++i) changes[changes.size() - 1 - static_cast<std::size_t>(i)].change = 1;
+            for (int i = 0; i < difference; ++i)
+                changes[changes.size() - 1 - static_cast<std::size_t>(i)].change = 1;
         } else if (difference < 0 && !changes.empty()) {
             changes.back().change += difference;
         }

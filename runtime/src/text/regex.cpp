@@ -83,8 +83,7 @@ Regex::Regex(std::string_view pattern) : code_(std::make_unique<Code>()) {
     int error = 0;
     std::size_t where = 0;
     code_->code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
-                                    PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &error, &where,
-                                    context.get()));
+                                    PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &error, &where, context.get()));
     if (!code_->code) {
         std::array<PCRE2_UCHAR, 256> message{};
         pcre2_get_error_message(error, message.data(), message.size());
@@ -111,8 +110,8 @@ Matches Regex::find(std::string_view text) const {
     std::size_t from = 0, behind = 0;
     bool any = false;
     while (from <= subject.size()) {
-        const int rc = pcre2_match(code_->code.get(), reinterpret_cast<PCRE2_SPTR>(subject.data()), subject.size(),
-                                   from, PCRE2_NO_UTF_CHECK, data.get(), context.get());
+        const int rc = pcre2_match(code_->code.get(), reinterpret_cast<PCRE2_SPTR>(subject.data()),
+                                   subject.size(), from, PCRE2_NO_UTF_CHECK, data.get(), context.get());
         if (rc == PCRE2_ERROR_NOMATCH) break;
         if (rc < 0) throw PatternError("its search takes too much time or memory");
         const std::size_t* found = pcre2_get_ovector_pointer(data.get());

@@ -17,7 +17,8 @@ public:
     using std::runtime_error::runtime_error;
 };
 
-// A pattern in Ruby's syntax as PCRE2 understands it, with Oniguruma's character classes. Groups do not capture.
+// A pattern in Ruby's syntax as PCRE2 understands it, with Oniguruma's character classes. Groups do not
+// capture.
 // Throws PatternError.
 std::string to_pcre2(std::string_view pattern);
 

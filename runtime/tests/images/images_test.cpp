@@ -56,25 +56,23 @@ TEST_CASE("resampling gives Pillow's bytes") {
         std::uint64_t sum;
     };
     const std::vector<Case> cases = {
-        {40, 30, 16, 24, 3732685485948738019U},
-        {40, 30, 64, 20, 1803894081388999047U},
-        {40, 30, 80, 90, 8820756342569548352U},
-        {30, 40, 29, 12, 15051160755015717633U},
-        {7, 5, 100, 5, 895153080327654566U},
-        {7, 50, 7, 3, 2630161961566580783U},
-        {1, 9, 4, 4, 18171154774847578176U},
-        {33, 21, 33, 21, 699461887418009666U},
+        {40, 30, 16, 24, 3732685485948738019U}, {40, 30, 64, 20, 1803894081388999047U},
+        {40, 30, 80, 90, 8820756342569548352U}, {30, 40, 29, 12, 15051160755015717633U},
+        {7, 5, 100, 5, 895153080327654566U},    {7, 50, 7, 3, 2630161961566580783U},
+        {1, 9, 4, 4, 18171154774847578176U},    {33, 21, 33, 21, 699461887418009666U},
     };
     for (const Case& c : cases) {
         CAPTURE(c.new_width);
         CAPTURE(c.new_height);
-        const auto pixels = images::resize_lanczos(picture(c.width, c.height).data(), c.width, c.height, c.new_width,
-                                                   c.new_height);
-        CHECK(pixels.size() == 3 * static_cast<std::size_t>(c.new_width) * static_cast<std::size_t>(c.new_height));
+        const auto pixels = images::resize_lanczos(picture(c.width, c.height).data(), c.width, c.height,
+                                                   c.new_width, c.new_height);
+        CHECK(pixels.size() ==
+              3 * static_cast<std::size_t>(c.new_width) * static_cast<std::size_t>(c.new_height));
         CHECK(sum(pixels) == c.sum);
     }
     const std::vector<std::uint8_t> white(3 * 50 * 40, 255);
-    CHECK(images::resize_lanczos(white.data(), 50, 40, 13, 71) == std::vector<std::uint8_t>(3 * 13 * 71, 255));
+    CHECK(images::resize_lanczos(white.data(), 50, 40, 13, 71) ==
+          std::vector<std::uint8_t>(3 * 13 * 71, 255));
 }
 
 TEST_CASE("transparency on white") {

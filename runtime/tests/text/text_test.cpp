@@ -1,5 +1,5 @@
-// Tokenizers. That ids are the `tokenizers` library's on many thousand lines is shown in tests/cpp; here are those that
-// run wherever the library does, under sanitizers and emulators.
+// Tokenizers. That ids are the `tokenizers` library's on many thousand lines is shown in tests/cpp; here are
+// those that run wherever the library does, under sanitizers and emulators.
 #include <doctest/doctest.h>
 
 #include <filesystem>
@@ -56,7 +56,8 @@ TEST_CASE("ids are those of the tokenizers library") {
         CAPTURE(name);
         const std::string json =
             tokenizer.contains("file")
-                ? core::read_file(repository / core::path_of(tokenizer["file"].get<std::string>()), max_tokenizer_bytes)
+                ? core::read_file(repository / core::path_of(tokenizer["file"].get<std::string>()),
+                                  max_tokenizer_bytes)
                 : tokenizer["tokenizer"].dump();
         const Tokenizer encoder(json);
         for (const auto& [text, ids] : tokenizer["ids"].items()) {
@@ -68,7 +69,8 @@ TEST_CASE("ids are those of the tokenizers library") {
 
 TEST_CASE("one encoder serves many threads") {
     const PromptEncoder encoder(demo, entry(32));
-    const std::vector<std::string> texts = {"make it look like an old photograph", "把照片变成老照片", "", "it's 1920"};
+    const std::vector<std::string> texts = {"make it look like an old photograph", "把照片变成老照片", "",
+                                            "it's 1920"};
     const Encoded expected = encoder.encode(texts);
     CHECK(expected.ids.size() == 4 * 32);
     std::vector<std::thread> threads;
@@ -101,8 +103,9 @@ TEST_CASE("padding, cutting and refusing") {
     const std::string text = "a long prompt about an old photograph and its colours";
     const Encoded cut = PromptEncoder(demo, entry(8)).encode({"photo", text});
     core::set_log_sink({}, core::LogLevel::off);
-    CHECK(messages == std::vector<std::string>{"the prompt 'a long prompt about an old photograph and its colours' is longer "
-                                               "than 8 tokens and was cut"});
+    CHECK(messages == std::vector<std::string>{
+                          "the prompt 'a long prompt about an old photograph and its colours' is longer "
+                          "than 8 tokens and was cut"});
     CHECK(cut.ids[15] == 712);  // the end is kept
     const core::Error error = error_of([&] { PromptEncoder(demo, entry(8, false)).encode({text}); });
     CHECK(error.kind() == core::ErrorKind::input);
@@ -143,7 +146,8 @@ TEST_CASE("a tokenizer file that is cut off or changed is an error") {
 }
 
 TEST_CASE("other types are refused by name") {
-    const std::string part = R"({"model": {"type": "BPE", "vocab": {}, "merges": []}, "normalizer": {"type": "Nmt"}})";
+    const std::string part =
+        R"({"model": {"type": "BPE", "vocab": {}, "merges": []}, "normalizer": {"type": "Nmt"}})";
     CHECK_THROWS_WITH_AS(Tokenizer{part}, "its normalizer is of the type 'Nmt'", UnsupportedTokenizer);
     const std::string model = R"({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}})";
     CHECK_THROWS_WITH_AS(Tokenizer{model}, "its model is of the type 'WordLevel'", UnsupportedTokenizer);
@@ -195,11 +199,13 @@ TEST_CASE("a trie finds all prefixes, shortest first") {
     std::vector<std::string> words;
     for (int i = 0; i < 2000; ++i) {
         std::string word;
-        for (std::size_t size = 1 + random() % 6; size > 0; --size) word += static_cast<char>('a' + random() % 3);
+        for (std::size_t size = 1 + random() % 6; size > 0; --size)
+            word += static_cast<char>('a' + random() % 3);
         words.push_back(word);
     }
     std::vector<Trie::Entry> entries;
-    for (std::size_t i = 0; i < words.size(); ++i) entries.emplace_back(words[i], static_cast<std::uint32_t>(i));
+    for (std::size_t i = 0; i < words.size(); ++i)
+        entries.emplace_back(words[i], static_cast<std::uint32_t>(i));
     const Trie large(entries);
     for (const std::string& word : words) {
         const auto value = large.find(word);
