@@ -1,10 +1,10 @@
 """Writes runtime/src/text/unicode_tables.cpp.
 
-The `tokenizers` library brings Unicode tables of several versions: that of its normaliser is 9.0, those of its
-regular expressions and of Rust are newer than what the C++ runtime's libraries (PCRE2, utf8proc) know on today's
-systems. The tables written here are the differences, read off the library by asking it about every code point.
-Run it with CPython 3.11, whose `unicodedata` is 14.0 like the oldest PCRE2 and utf8proc that are supported, and
-with Perl, which knows the version that assigned a code point:
+The `tokenizers` library brings Unicode tables of several versions: that of its normaliser is 9.0, those of
+its regular expressions and of Rust are newer than what the C++ runtime's libraries (PCRE2, utf8proc) know on
+today's systems. The tables written here are the differences, read off the library by asking it about every
+code point. Run it with CPython 3.11, whose `unicodedata` is 14.0 like the oldest PCRE2 and utf8proc that are
+supported, and with Perl, which knows the version that assigned a code point:
 
     python3.11 tools/unicode_tables.py > runtime/src/text/unicode_tables.cpp
 """
@@ -19,31 +19,14 @@ from collections.abc import Iterable
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 BASE = "14.0.0"
-CATEGORIES = "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Cn Co".split()
+CATEGORIES = [
+    a + b
+    for a, kinds in zip("LMNPSZC", ("ultmo", "nce", "dlo", "cdseifo", "mcko", "slp", "cfno"))
+    for b in kinds
+]
 EVERY = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-# A code point of Unicode 14 of every category, of two, three and four bytes; Han where it can be.
-STAND_INS = {
-    ("Cf", 4): 0xE0001,
-    ("Ll", 3): 0x1D00,
-    ("Ll", 4): 0x10428,
-    ("Lm", 4): 0x16B40,
-    ("Lo", 4): 0x10280,
-    ("Lu", 3): 0x1E00,
-    ("Lu", 4): 0x10400,
-    ("Mc", 3): 0x0903,
-    ("Mc", 4): 0x11000,
-    ("Mn", 3): 0x0900,
-    ("Mn", 4): 0x11001,
-    ("Nd", 4): 0x104A0,
-    ("No", 4): 0x10107,
-    ("Pd", 4): 0x10EAD,
-    ("Po", 3): 0x203B,
-    ("Po", 4): 0x10100,
-    ("Sm", 4): 0x1D6C1,
-    ("So", 3): 0x2605,
-    ("So", 4): 0x1F600,
-}
-HAN = 0x20000
+SCRIPTS = ["Armenian", "Bengali", "Bopomofo", "Devanagari", "Greek", "Han", "Hangul", "Hebrew"]
+SCRIPTS += ["Hiragana", "Katakana", "Latin", "Thai"]
 
 
 def ranges(points: Iterable[int]) -> list[tuple[int, int]]:
@@ -88,18 +71,26 @@ def table(comment: str, kind: str, name: str, entries: list[str]) -> None:
 def main() -> None:
     if unicodedata.unidata_version != BASE:
         sys.exit(f"unicodedata is {unicodedata.unidata_version}. Expected {BASE}. Run it with CPython 3.11.")
-    names = {chr(c): unicodedata.category(chr(c)) for c in EVERY}
+    old = {c: unicodedata.category(chr(c)) for c in EVERY}
+    scripts = {c: script for script in SCRIPTS for c in matched(rf"\p{{{script}}}")}
+
+    def kinds(c: int, category: str) -> list[tuple[str, int, str]]:
+        """What a stand-in for `c` has to agree in, best first: category, length and, if it can, script."""
+        width = len(chr(c).encode())
+        return [(category, width, scripts.get(c, "")), (category, width, "")]
+
+    first: dict[tuple[str, int, str], int] = {}
+    for c in reversed(EVERY):
+        if old[c] != "Cn":
+            first[kinds(c, old[c])[0]] = c
     recent = []
-    han = matched(r"\p{Han}")
     for category in CATEGORIES:
-        new = {c for c in matched(rf"\p{{{category}}}") if names[chr(c)] == "Cn" and category != "Cn"}
-        for part, script in ((new & han, True), (new - han, False)):
-            for first, last in ranges(part):
-                width = len(chr(first).encode())
-                stand_in = HAN if script and width == 4 else STAND_INS[category, width]
-                assert len(chr(stand_in).encode()) == width, category
-                assert names[chr(stand_in)] == category, (category, hex(stand_in))
-                recent.append((first, last, stand_in))
+        by: dict[int, set[int]] = {}
+        for c in matched(rf"\p{{{category}}}"):
+            if old[c] == "Cn" and category != "Cn":
+                stand_in = next(first[kind] for kind in kinds(c, category) if kind in first)
+                by.setdefault(stand_in, set()).add(c)
+        recent += [(a, b, stand_in) for stand_in, new in by.items() for a, b in ranges(new)]
     lower = []
     lowercase = normalizers.Lowercase()
     for c in EVERY:
@@ -107,11 +98,14 @@ def main() -> None:
         if have != chr(c).lower():
             lower.append((c, ord(have)))
     digits = splits(pre_tokenizers.Digits(individual_digits=True))
-    numbers = {c for c in digits if not names[chr(c)].startswith("N")}
-    marks = {c for c in EVERY if normalizers.StripAccents().normalize_str(chr(c)) == ""}
+    numbers = {c for c in digits if not old[c].startswith("N")}
+    strip = normalizers.StripAccents()
+    marks = {c for c in EVERY if strip.normalize_str(chr(c)) == ""}
     punctuation = splits(pre_tokenizers.Punctuation())
 
-    print("// Written by tools/unicode_tables.py, which says what these are. Do not edit.")
+    print(
+        "// Written by tools/unicode_tables.py, which says what these are. Do not edit.\n// clang-format off"
+    )
     print('#include "text/unicode_tables.hpp"\n\nnamespace hywu::text {')
     table(
         "Not assigned in Unicode 9.0.",

@@ -19,9 +19,9 @@ public:
     using std::runtime_error::runtime_error;
 };
 
-// libpng and libjpeg report an error by a callback that must not return. It jumps back into `protect`, which throws:
-// exceptions do not pass through their frames, and no frame of ours that has a destructor to run is jumped over, if what
-// `protect` calls does nothing but call the library.
+// libpng and libjpeg report an error by a callback that must not return. It jumps back into `protect`, which
+// throws: exceptions do not pass through their frames, and no frame of ours that has a destructor to run is
+// jumped over, if what `protect` calls does nothing but call the library.
 struct Guard {
     std::jmp_buf jump;
     std::array<char, 200> message;
@@ -43,8 +43,9 @@ struct Decoded {
     int orientation = 1;  // EXIF's
 };
 
-// Is told the size of a picture as it is stored, and whether its sides are swapped when it is upright; gives the
-// divisor, 1, 2, 4 or 8, of the size at which a JPEG file is decoded. Throws if there are too many pixels.
+// Is told the size of a picture as it is stored, and whether its sides are swapped when it is upright; gives
+// the divisor, 1, 2, 4 or 8, of the size at which a JPEG file is decoded. Throws if there are too many
+// pixels.
 using Limits = std::function<int(int width, int height, bool turned)>;
 
 Decoded decode_png(std::string_view bytes, const Limits& limits);

@@ -41,7 +41,9 @@ Image upright(Image image, int orientation) {
     return result;
 }
 
-bool begins_with(std::string_view text, std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; }
+bool begins_with(std::string_view text, std::string_view prefix) {
+    return text.substr(0, prefix.size()) == prefix;
+}
 
 std::string lower_suffix(const std::filesystem::path& path) {
     std::string suffix = core::display(path.extension());
@@ -59,10 +61,11 @@ Image read_image(const std::filesystem::path& path, const Target& target) {
         bytes = core::read_file(path, max_file_bytes);
     } catch (const std::system_error& error) {
         if (error.code() == std::errc::no_such_file_or_directory) {
-            throw Error(ErrorKind::input, "There is no file " + core::show(name, 200), "Expected a photograph",
-                        "Check the path");
+            throw Error(ErrorKind::input, "There is no file " + core::show(name, 200),
+                        "Expected a photograph", "Check the path");
         }
-        throw Error(ErrorKind::input, "The image " + core::show(name, 200) + " cannot be read: " + error.code().message(),
+        throw Error(ErrorKind::input,
+                    "The image " + core::show(name, 200) + " cannot be read: " + error.code().message(),
                     "Expected a photograph (JPEG or PNG)", "Check that the file is whole");
     }
     return read_image(bytes, name, target);
@@ -93,8 +96,8 @@ Image read_image(std::string_view bytes, std::string_view name, const Target& ta
         }
         return upright(std::move(decoded.image), decoded.orientation);
     } catch (const CodecError& error) {
-        throw Error(ErrorKind::input, what + " cannot be read: " + error.what(), "Expected a photograph (JPEG or PNG)",
-                    "Check that the file is whole");
+        throw Error(ErrorKind::input, what + " cannot be read: " + error.what(),
+                    "Expected a photograph (JPEG or PNG)", "Check that the file is whole");
     }
 }
 
@@ -112,11 +115,12 @@ void write_image(const std::filesystem::path& path, const Image& image) {
         }
         core::write_atomically(path, {bytes});
     } catch (const CodecError& error) {
-        throw Error(ErrorKind::input, name + " cannot be written: " + error.what(), "Expected a picture of ordinary size",
-                    "Choose another format");
+        throw Error(ErrorKind::input, name + " cannot be written: " + error.what(),
+                    "Expected a picture of ordinary size", "Choose another format");
     } catch (const std::system_error& error) {
         throw Error(ErrorKind::input, name + " cannot be written: " + error.code().message(),
-                    "Expected a path in a folder that can be written to", "Check the path and the space left");
+                    "Expected a path in a folder that can be written to",
+                    "Check the path and the space left");
     }
 }
 

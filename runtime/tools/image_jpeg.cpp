@@ -161,8 +161,8 @@ std::string encode_jpeg(const Image& image, int quality) {
         jpeg_set_quality(&codec, quality, TRUE);
         jpeg_start_compress(&codec, TRUE);
         while (codec.next_scanline < codec.image_height) {
-            JSAMPROW row = const_cast<JSAMPROW>(image.pixels.data() +
-                                                3 * static_cast<std::size_t>(image.width) * codec.next_scanline);
+            JSAMPROW row = const_cast<JSAMPROW>(
+                image.pixels.data() + 3 * static_cast<std::size_t>(image.width) * codec.next_scanline);
             jpeg_write_scanlines(&codec, &row, 1);
         }
         jpeg_finish_compress(&codec);

@@ -61,7 +61,8 @@ int orientation_of(png_structp png, png_infop info) {
     int count = 0;
     png_get_text(png, info, &texts, &count);
     for (int i = 0; i < count; ++i) {
-        if (texts[i].text && std::strcmp(texts[i].key, "XML:com.adobe.xmp") == 0) return xmp_orientation(texts[i].text);
+        if (texts[i].text && std::strcmp(texts[i].key, "XML:com.adobe.xmp") == 0)
+            return xmp_orientation(texts[i].text);
     }
     return 1;
 }
@@ -87,14 +88,16 @@ Decoded decode_png(std::string_view bytes, const Limits& limits) {
     png_uint_32 width = 0, height = 0;
     int depth = 0, color = 0;
     png_get_IHDR(png, info, &width, &height, &depth, &color, nullptr, nullptr, nullptr);
-    if (std::max(width, height) > static_cast<png_uint_32>(std::numeric_limits<int>::max())) throw CodecError("it is too large");
+    if (std::max(width, height) > static_cast<png_uint_32>(std::numeric_limits<int>::max()))
+        throw CodecError("it is too large");
     Decoded result;
     result.orientation = orientation_of(png, info);
     const bool turned = result.orientation >= 5 && result.orientation <= 8;
     limits(static_cast<int>(width), static_cast<int>(height), turned);
 
-    // 8 bits per sample, RGB, with alpha where there is some. Key colours of gray and RGB are applied below: Pillow
-    // compares them with the samples after these have been brought to 8 bits, and not at all with 16-bit gray.
+    // 8 bits per sample, RGB, with alpha where there is some. Key colours of gray and RGB are applied below:
+    // Pillow compares them with the samples after these have been brought to 8 bits, and not at all with
+    // 16-bit gray.
     png_color_16p key = nullptr;
     png_bytep alphas = nullptr;
     int alpha_count = 0;
@@ -115,7 +118,8 @@ Decoded decode_png(std::string_view bytes, const Limits& limits) {
     const std::size_t channels = png_get_channels(png, info);
     const std::size_t row_bytes = png_get_rowbytes(png, info);
     const std::size_t count = std::size_t{width} * height;
-    if ((channels != 3 && channels != 4) || row_bytes != channels * width) throw CodecError("its samples are of an unknown kind");
+    if ((channels != 3 && channels != 4) || row_bytes != channels * width)
+        throw CodecError("its samples are of an unknown kind");
     std::vector<std::uint8_t> pixels(row_bytes * height);
     std::vector<png_bytep> rows(height);
     for (std::size_t y = 0; y < height; ++y) rows[y] = pixels.data() + y * row_bytes;
@@ -131,12 +135,14 @@ Decoded decode_png(std::string_view bytes, const Limits& limits) {
         for (std::size_t i = 0; i < count; ++i) {
             std::uint8_t* pixel = pixels.data() + 3 * i;
             // Only the lower 8 bits of the key count, as in Pillow.
-            if (pixel[0] == (samples[0] & 0xff) && pixel[1] == (samples[1] & 0xff) && pixel[2] == (samples[2] & 0xff)) {
+            if (pixel[0] == (samples[0] & 0xff) && pixel[1] == (samples[1] & 0xff) &&
+                pixel[2] == (samples[2] & 0xff)) {
                 std::fill_n(pixel, 3, std::uint8_t{255});
             }
         }
     }
-    result.image.pixels = channels == 4 ? images::composite_on_white(pixels.data(), count) : std::move(pixels);
+    result.image.pixels =
+        channels == 4 ? images::composite_on_white(pixels.data(), count) : std::move(pixels);
     return result;
 }
 
@@ -152,8 +158,9 @@ std::string encode_png(const Image& image) {
     const png_infop info = writer.info;
     protect(guard, [&] {
         png_set_write_fn(png, &bytes, write, flush);
-        png_set_IHDR(png, info, static_cast<png_uint_32>(image.width), static_cast<png_uint_32>(image.height), 8,
-                     PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
+        png_set_IHDR(png, info, static_cast<png_uint_32>(image.width), static_cast<png_uint_32>(image.height),
+                     8, PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT,
+                     PNG_FILTER_TYPE_DEFAULT);
         png_write_info(png, info);
         const std::size_t row_bytes = 3 * static_cast<std::size_t>(image.width);
         for (int y = 0; y < image.height; ++y) {

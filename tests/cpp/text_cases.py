@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import random
@@ -14,7 +13,6 @@ from tokenizers import (
     AddedToken,
     Regex,
     Tokenizer,
-    decoders,
     models,
     normalizers,
     pre_tokenizers,
@@ -23,11 +21,20 @@ from tokenizers import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-SPACES = "\t\n\v\f\r \x1c\x85\xa0\u1680\u180e\u2000\u2003\u200a\u200b\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
-EMOJI = "😀 👍 👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 🇯🇵🇺🇸 ❤️ ☀︎ 1️⃣ 🧑🏿‍🚀 🫨 🪿 \U0001fae9".split()
-ENGLISH = """make the photo look like an old painting with warm light and soft shadows it's don't we'll they've I'd can't
-turn day into night remove every person from background add snow Sepia BLACK White blur sharpen 1920s film-noir café naïve
-résumé straße İstanbul ﬁne ﬀoo Ångström Ｆｕｌｌ ⅷ ½ m² H₂O ½cup ŒUVRE ǅ ẞ ΣΊΣΥΦΟΣ Привет МИР κόσμε""".split()
+SPACES = (
+    "\t\n\v\f\r \x1c\x85\xa0\u1680\u180e\u2000\u2003\u200a\u200b\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
+)
+WORDS = {
+    "emoji": "😀 👍 👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 🇯🇵🇺🇸 ❤️ ☀︎ 1️⃣ 🧑🏿‍🚀 🫨 🪿 \U0001fae9",
+    "english": """make the photo look like an old painting with warm light and soft shadows it's don't we'll
+        they've I'd can't turn day into night remove every person from background add snow Sepia BLACK White
+        blur sharpen 1920s film-noir café naïve résumé straße İstanbul ﬁne ﬀoo Ångström Ｆｕｌｌ ⅷ ½ m² H₂O
+        ½cup ŒUVRE ǅ ẞ ΣΊΣΥΦΟΣ Привет МИР κόσμε""",
+    "special": """<|startoftext|> <|endoftext|> <|im_start|> </s> <unk> <pad> <mask> ▁ <0x41> <extra_id_0>
+        yesterday <tool_call> Night photo photos 照片""",
+}
+EMOJI, ENGLISH, SPECIAL = (words.split() for words in WORDS.values())
+SPECIAL += [" <mask>  <pad> ", "Night <extra_id_0>  "]
 SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "han": ((0x4E00, 0x9FFF), (0x3400, 0x3420), (0x20000, 0x20020), (0x31350, 0x31360)),
     "kana": ((0x3041, 0x3096), (0x30A1, 0x30FA), (0xFF66, 0xFF9D), (0x3099, 0x309C)),
@@ -46,8 +53,6 @@ SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "any": ((0x80, 0xD7FF), (0xE000, 0x10FFFF)),
     "recent": ((0x0870, 0x08E1), (0x1C89, 0x1C8A), (0xA7C0, 0xA7DC), (0x10D40, 0x10D8F), (0x1E5D0, 0x1E5FF)),
 }
-SPECIAL = "<|startoftext|> <|endoftext|> <|im_start|> </s> <unk> <pad> <mask> ▁ <0x41> <extra_id_0> yesterday".split()
-SPECIAL += ["<tool_call>", " <mask>  <pad> ", "Night", "photo", "photos", "照片"]
 
 
 def word(rng: random.Random) -> str:
@@ -63,7 +68,8 @@ def word(rng: random.Random) -> str:
         return rng.choice(SPECIAL)
     if kind < 0.54:  # letters with marks, in any order
         return "".join(
-            rng.choice("aeiouAEO한ガक") + "".join(chr(rng.randrange(0x300, 0x345)) for _ in range(rng.randrange(4)))
+            rng.choice("aeiouAEO한ガक")
+            + "".join(chr(rng.randrange(0x300, 0x345)) for _ in range(rng.randrange(4)))
             for _ in range(rng.randrange(1, 5))
         )
     ranges = SCRIPTS[rng.choice(list(SCRIPTS))]
@@ -75,7 +81,11 @@ def line(rng: random.Random) -> str:
     parts = []
     for _ in range(rng.randrange(0, 12)):
         parts.append(word(rng))
-        parts.append(" " if rng.random() < 0.7 else rng.choice(("", "", "  ", "   ", rng.choice(SPACES) * rng.choice((1, 2)))))
+        parts.append(
+            " "
+            if rng.random() < 0.7
+            else rng.choice(("", "", "  ", "   ", rng.choice(SPACES) * rng.choice((1, 2))))
+        )
     return "".join(parts)
 
 
@@ -113,7 +123,9 @@ def train_bpe(tokenizer: Tokenizer, size: int, special: list[str], **options: An
 
 def clip() -> Tokenizer:
     """openai/clip-vit-large-patch14."""
-    tokenizer = byte_level_bpe(unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix="")
+    tokenizer = byte_level_bpe(
+        unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""
+    )
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -139,10 +151,12 @@ def gpt2(prefix_space: bool = False) -> Tokenizer:
 
 
 QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -153,7 +167,9 @@ O200K = (
 
 def qwen2(pattern: str = QWEN2, normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
     """Qwen2 and, with other patterns, its cousins; merges that a word can skip."""
-    tokenizer = byte_level_bpe(continuing_subword_prefix="", end_of_word_suffix="", ignore_merges=pattern == CL100K)
+    tokenizer = byte_level_bpe(
+        continuing_subword_prefix="", end_of_word_suffix="", ignore_merges=pattern == CL100K
+    )
     tokenizer.normalizer = normalizer or normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -176,8 +192,8 @@ def sentencepiece_model(**options: Any) -> Any:
     stream = io.BytesIO()
     texts = [text.replace("\0", "") for text in corpus()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=stream, vocab_size=2500, model_type="unigram", minloglevel=2,
-        hard_vocab_limit=False, character_coverage=0.98, **options,
+        sentence_iterator=iter(texts), model_writer=stream, vocab_size=2500, model_type="unigram",
+        minloglevel=2, hard_vocab_limit=False, character_coverage=0.98, **options,
     )  # fmt: skip
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(stream.getvalue())
@@ -185,10 +201,12 @@ def sentencepiece_model(**options: Any) -> Any:
 
 
 def t5(rule: str = "nmt_nfkc", published: bool = True, byte_fallback: bool = False) -> Tokenizer:
-    """As published for T5 v1.0, or as today's converters write it; the map of characters is SentencePiece's."""
-    proto = sentencepiece_model(normalization_rule_name=rule, byte_fallback=byte_fallback, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    """As published for T5, or as today's converters write it; with SentencePiece's map of characters."""
+    proto = sentencepiece_model(
+        normalization_rule_name=rule, byte_fallback=byte_fallback, pad_id=0, eos_id=1, unk_id=2, bos_id=-1
+    )
     vocab = [(piece.piece, piece.score) for piece in proto.pieces]
-    unk = [i for i, piece in enumerate(proto.pieces) if piece.type == 2][0]
+    unk = next(i for i, piece in enumerate(proto.pieces) if piece.type == 2)
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=unk, byte_fallback=byte_fallback))
     precompiled = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
     if published:
@@ -214,7 +232,9 @@ def llama() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=2500, show_progress=False, special_tokens=special, limit_alphabet=600)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2500, show_progress=False, special_tokens=special, limit_alphabet=600
+    )
     tokenizer.train_from_iterator(corpus(), trainer)
     description = json.loads(tokenizer.to_str())
     description["added_tokens"] = [t for t in description["added_tokens"] if t["id"] < 3]
@@ -284,9 +304,11 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 
 
 def letter_by_letter(normalizer: Any = None, pre_tokenizer: Any = None) -> Tokenizer:
-    """The bytes of a text after a normalizer, with a mark at the end of each piece of a pre-tokenizer: `|</w>`."""
+    """Gives the bytes of a text behind a normalizer, and a `|` behind each piece of a pre-tokenizer."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<0x00>", end_of_word_suffix="|"))
+    tokenizer = Tokenizer(
+        models.BPE(vocab, [], byte_fallback=True, unk_token="<0x00>", end_of_word_suffix="|")
+    )
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     if pre_tokenizer is not None:

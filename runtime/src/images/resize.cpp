@@ -10,8 +10,8 @@ namespace hywu::images {
 
 namespace {
 
-// Pillow's arithmetic (src/libImaging/Resample.c): weights in double, then fixed point with 22 bits behind the point;
-// along the rows and along the columns, rounded to bytes in between.
+// Pillow's arithmetic (src/libImaging/Resample.c): weights in double, then fixed point with 22 bits behind
+// the point; along the rows and along the columns, rounded to bytes in between.
 constexpr int precision_bits = 32 - 8 - 2;
 constexpr double lobes = 3.0;
 constexpr double pi = 3.14159265358979323846;
@@ -72,7 +72,8 @@ constexpr std::int32_t half = 1 << (precision_bits - 1);
 
 std::vector<std::uint8_t> resize_rows(const std::uint8_t* rgb, int width, int height, int new_width) {
     const Weights table = weights(width, new_width);
-    std::vector<std::uint8_t> result(3 * static_cast<std::size_t>(new_width) * static_cast<std::size_t>(height));
+    std::vector<std::uint8_t> result(3 * static_cast<std::size_t>(new_width) *
+                                     static_cast<std::size_t>(height));
     std::uint8_t* out = result.data();
     for (int y = 0; y < height; ++y) {
         const std::uint8_t* row = rgb + 3 * static_cast<std::size_t>(width) * static_cast<std::size_t>(y);
@@ -116,17 +117,18 @@ std::vector<std::uint8_t> resize_columns(const std::uint8_t* rgb, int width, int
 
 }  // namespace
 
-Size working_size(const core::ImagePolicy& policy, int width, int height, const std::optional<Size>& explicit_size) {
+Size working_size(const core::ImagePolicy& policy, int width, int height,
+                  const std::optional<Size>& explicit_size) {
     if (explicit_size) {
         for (const int side : {explicit_size->first, explicit_size->second}) {
             if (side < policy.min || side > policy.max || side % policy.multiple != 0) {
-                throw core::Error(
-                    core::ErrorKind::input,
-                    "The size " + std::to_string(explicit_size->first) + "x" + std::to_string(explicit_size->second) +
-                        " cannot be used",
-                    "Expected sides from " + std::to_string(policy.min) + " to " + std::to_string(policy.max) +
-                        " pixels, multiples of " + std::to_string(policy.multiple),
-                    "Give WIDTHxHEIGHT, or no size to keep the photo's aspect");
+                throw core::Error(core::ErrorKind::input,
+                                  "The size " + std::to_string(explicit_size->first) + "x" +
+                                      std::to_string(explicit_size->second) + " cannot be used",
+                                  "Expected sides from " + std::to_string(policy.min) + " to " +
+                                      std::to_string(policy.max) + " pixels, multiples of " +
+                                      std::to_string(policy.multiple),
+                                  "Give WIDTHxHEIGHT, or no size to keep the photo's aspect");
             }
         }
         return *explicit_size;
@@ -159,7 +161,8 @@ std::vector<std::uint8_t> resize_lanczos(const std::uint8_t* rgb, int width, int
     const bool columns_first =
         new_height < height && std::int64_t{height} - new_height > 2 * (std::int64_t{width} - new_width);
     if (columns_first) {
-        return resize_rows(resize_columns(rgb, width, height, new_height).data(), width, new_height, new_width);
+        return resize_rows(resize_columns(rgb, width, height, new_height).data(), width, new_height,
+                           new_width);
     }
     return resize_columns(resize_rows(rgb, width, height, new_width).data(), new_width, height, new_height);
 }

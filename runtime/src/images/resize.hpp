@@ -17,14 +17,14 @@ using Size = std::pair<int, int>;
 // The most pixels that a photograph may have.
 inline constexpr std::int64_t max_pixels = 89'478'485;
 
-// The size at which a photo of `width` × `height`, both at least 1, is edited: `explicit_size` if given, else by the
-// policy; see "Image sizes" in docs/bundle.md.
+// The size at which a photo of `width` × `height`, both at least 1, is edited: `explicit_size` if given, else
+// by the policy; see "Image sizes" in docs/bundle.md.
 // Throws core::Error(input): the explicit size is not a multiple within the policy's limits.
 Size working_size(const core::ImagePolicy& policy, int width, int height,
                   const std::optional<Size>& explicit_size = {});
 
-// Pixels uint8 [height, width, 3] brought to [new_height, new_width, 3] by Lanczos resampling with three lobes: the
-// bytes that Pillow gives. All sides are at least 1.
+// Pixels uint8 [height, width, 3] brought to [new_height, new_width, 3] by Lanczos resampling with three
+// lobes: the bytes that Pillow gives. All sides are at least 1.
 std::vector<std::uint8_t> resize_lanczos(const std::uint8_t* rgb, int width, int height, int new_width,
                                          int new_height);
 

@@ -51,7 +51,9 @@ AddedTokens::AddedTokens(const core::Json& list, const Model& model, const Norma
     std::vector<std::string> contents;
     contents.reserve(tokens_.size());
     std::vector<Trie::Entry> exact, normalized;
-    for (const auto& [id, token] : tokens_) {
+    // From the highest id down: of tokens that are the same when normalised, the one of the lowest is found.
+    for (auto entry = tokens_.rbegin(); entry != tokens_.rend(); ++entry) {
+        const auto& [id, token] = *entry;
         if (!token.normalized) {
             exact.emplace_back(token.content, id);
             continue;
@@ -83,9 +85,8 @@ Pieces AddedTokens::extract(std::string_view text, const Normalizer* normalizer)
 void AddedTokens::append(const NormalizedString& text, const Trie& trie, Pieces& pieces) const {
     const std::string& all = text.text();
     std::size_t done = 0;
-    const auto add = [&](std::size_t begin, std::size_t end, std::optional<std::uint32_t> token) {
-        if (begin < end) pieces.push_back({text.slice(begin, end), token});
-    };
+    // A run of spaces that was skipped: [first, second).
+    std::pair<std::size_t, std::size_t> run{0, 0};
     for (std::size_t at = 0; !trie.empty() && at < all.size();) {
         std::size_t begin = at, end = at;
         std::uint32_t id = 0;
@@ -99,22 +100,25 @@ void AddedTokens::append(const NormalizedString& text, const Trie& trie, Pieces&
         }
         at = end;
         const Token& token = tokens_.at(id);
-        if (token.single_word && ((begin > 0 && is_word(before(all, begin))) ||
-                                  (end < all.size() && is_word(after(all, end))))) {
+        if (token.single_word &&
+            ((begin > 0 && is_word(before(all, begin))) || (end < all.size() && is_word(after(all, end))))) {
             continue;
         }
         if (token.left_strip) {
             while (begin > done && is_space(before(all, begin))) begin -= size_of(before(all, begin));
         }
         if (token.right_strip) {
+            const std::size_t from = end;
+            if (run.first <= end && end < run.second) end = run.second;
             while (end < all.size() && is_space(after(all, end))) end += size_of(after(all, end));
+            run = {from, end};
         }
         // Spaces that the last token took may hold this one: then the two overlap.
-        add(done, begin, {});
-        add(begin, end, id);
+        if (done < begin) pieces.push_back({text.slice(done, begin), {}});
+        if (begin < end) pieces.push_back({NormalizedString(""), id});
         done = end;
     }
-    add(done, all.size(), {});
+    if (done < all.size()) pieces.push_back({text.slice(done, all.size()), {}});
 }
 
 }  // namespace hywu::text

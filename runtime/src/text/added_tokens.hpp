@@ -17,8 +17,9 @@ namespace hywu::text {
 
 class AddedTokens {
 public:
-    // From a file's "added_tokens". A token that the model has takes its id, others count on from the vocabulary's
-    // size: what the file says about ids is not heeded, as in the library. `normalizer` may be null.
+    // From a file's "added_tokens". A token that the model has takes its id, others count on from the
+    // vocabulary's size: what the file says about ids is not heeded, as in the library. `normalizer` may be
+    // null.
     // Throws FileError, UnsupportedTokenizer.
     AddedTokens(const core::Json& list, const Model& model, const Normalizer* normalizer);
 

@@ -17,7 +17,9 @@ std::optional<std::string> optional_string(const core::Json& model, std::string_
     return string_member(model, key, "model");
 }
 
-std::uint64_t pair(std::uint32_t left, std::uint32_t right) noexcept { return std::uint64_t{left} << 32 | right; }
+std::uint64_t pair(std::uint32_t left, std::uint32_t right) noexcept {
+    return std::uint64_t{left} << 32 | right;
+}
 
 }  // namespace
 
@@ -87,7 +89,8 @@ void Bpe::tokenize(std::string_view piece, std::vector<std::uint32_t>& ids) cons
     }
 }
 
-// One symbol for each code point, or for each byte of one that has no token, or for one or several unknown ones.
+// One symbol for each code point, or for each byte of one that has no token, or for one or several unknown
+// ones.
 std::vector<Bpe::Symbol> Bpe::symbols(std::string_view piece) const {
     std::vector<Symbol> all;
     all.reserve(piece.size());
@@ -128,7 +131,8 @@ std::vector<Bpe::Symbol> Bpe::symbols(std::string_view piece) const {
         }
         add_unknown();
         const auto id = token_to_id(*unknown_);
-        if (!id) throw UnknownToken("the unknown token " + core::show(*unknown_) + " is not in its vocabulary");
+        if (!id)
+            throw UnknownToken("the unknown token " + core::show(*unknown_) + " is not in its vocabulary");
         unknown = *id;
         unknown_length = length;
     }
@@ -136,7 +140,8 @@ std::vector<Bpe::Symbol> Bpe::symbols(std::string_view piece) const {
     return all;
 }
 
-// Merges the pair of lowest rank, the leftmost of equals, until there is none: n log n in the number of symbols.
+// Merges the pair of lowest rank, the leftmost of equals, until there is none: n log n in the number of
+// symbols.
 void Bpe::merge(std::vector<Symbol>& all) const {
     struct Candidate {
         std::uint32_t rank;
@@ -148,7 +153,8 @@ void Bpe::merge(std::vector<Symbol>& all) const {
     };
     std::vector<Candidate> storage;
     storage.reserve(all.size());
-    std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> queue(std::greater<>{}, std::move(storage));
+    std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> queue(std::greater<>{},
+                                                                                 std::move(storage));
     const auto symbol = [&](std::int32_t at) -> Symbol& { return all[static_cast<std::size_t>(at)]; };
     const auto offer = [&](std::int32_t left, std::int32_t right) {
         if (const Merge* found = merge_of(symbol(left).id, symbol(right).id)) {

@@ -17,7 +17,8 @@ namespace hywu::text {
 
 class Bpe : public Model {
 public:
-    // Takes the vocabulary and the merges out of the file; `model` is the rest of its description. Throws FileError, UnsupportedTokenizer.
+    // Takes the vocabulary and the merges out of the file; `model` is the rest of its description. Throws
+    // FileError, UnsupportedTokenizer.
     Bpe(TokenizerFile&& file, const core::Json& model);
 
     void tokenize(std::string_view piece, std::vector<std::uint32_t>& ids) const override;

@@ -45,8 +45,8 @@ struct State {
 
 std::uint64_t keyed_hash(const void* data, std::size_t size) noexcept {
     static const Key key = draw();
-    State state{key.first ^ 0x736f6d6570736575, key.second ^ 0x646f72616e646f6d, key.first ^ 0x6c7967656e657261,
-                key.second ^ 0x7465646279746573};
+    State state{key.first ^ 0x736f6d6570736575, key.second ^ 0x646f72616e646f6d,
+                key.first ^ 0x6c7967656e657261, key.second ^ 0x7465646279746573};
     const auto* bytes = static_cast<const unsigned char*>(data);
     std::size_t left = size;
     for (; left >= 8; left -= 8, bytes += 8) {

@@ -41,9 +41,9 @@ std::vector<std::pair<std::size_t, std::size_t>> split(const Matches& matches, S
             std::reverse(parts.begin(), parts.end());
             break;
     }
-    parts.erase(
-        std::remove_if(parts.begin(), parts.end(), [](const auto& part) { return part.first == part.second; }),
-        parts.end());
+    parts.erase(std::remove_if(parts.begin(), parts.end(),
+                               [](const auto& part) { return part.first == part.second; }),
+                parts.end());
     return parts;
 }
 
@@ -196,7 +196,8 @@ void NormalizedString::replace(const Matches& matches, std::string_view content)
     text.reserve(text_.size());
     alignments.reserve(alignments_.size());
     for (const Match& match : matches) {
-        const auto begin = static_cast<std::ptrdiff_t>(match.begin), end = static_cast<std::ptrdiff_t>(match.end);
+        const auto begin = static_cast<std::ptrdiff_t>(match.begin),
+                   end = static_cast<std::ptrdiff_t>(match.end);
         if (match.found) {
             text += content;
             alignments.insert(alignments.end(), content.size(),

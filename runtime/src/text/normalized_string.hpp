@@ -12,7 +12,8 @@
 
 namespace hywu::text {
 
-// A part of a text, in bytes, and whether it is what was looked for. A list of them covers a text without gaps.
+// A part of a text, in bytes, and whether it is what was looked for. A list of them covers a text without
+// gaps.
 struct Match {
     std::size_t begin, end;
     bool found;

@@ -16,6 +16,7 @@ namespace hywu::text {
 namespace {
 
 constexpr std::string_view where = "normalizer";
+constexpr std::size_t max_prefix = 1 << 16;
 
 void check_size(const NormalizedString& text) {
     if (text.text().size() > max_normalized_bytes) {
@@ -53,7 +54,8 @@ public:
         const Matches matches = pattern_.find(text.text());
         std::size_t size = text.text().size();
         for (const Match& match : matches) size += match.found ? content_.size() : 0;
-        if (size > max_normalized_bytes) throw UnsupportedTokenizer("its normalizers let a text grow beyond 64 MiB");
+        if (size > max_normalized_bytes)
+            throw UnsupportedTokenizer("its normalizers let a text grow beyond 64 MiB");
         text.replace(matches, content_);
     }
 
@@ -64,7 +66,10 @@ private:
 
 class Prepend : public Normalizer {
 public:
-    explicit Prepend(const core::Json& description) : prefix_(string_member(description, "prepend", where)) {}
+    explicit Prepend(const core::Json& description) : prefix_(string_member(description, "prepend", where)) {
+        if (prefix_.size() > max_prefix)
+            throw UnsupportedTokenizer("its normalizer prepends more than 64 KiB");
+    }
     void normalize(NormalizedString& text) const override { text.prepend(prefix_); }
 
 private:

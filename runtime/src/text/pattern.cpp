@@ -12,7 +12,8 @@ Pattern::Pattern(const core::Json& description, std::string_view where) {
         return;
     }
     const core::Json* text = description.member("Regex");
-    if (!text || !text->string()) throw FileError(std::string(where) + ".pattern is not a string or a regular expression");
+    if (!text || !text->string())
+        throw FileError(std::string(where) + ".pattern is not a string or a regular expression");
     try {
         regex_.emplace(*text->string());
     } catch (const PatternError& error) {
@@ -25,7 +26,8 @@ Matches Pattern::find(std::string_view text) const {
     if (regex_) return regex_->find(text);
     Matches matches;
     std::size_t behind = 0;
-    for (std::size_t at = text.find(literal_); at != std::string_view::npos; at = text.find(literal_, behind)) {
+    for (std::size_t at = text.find(literal_); at != std::string_view::npos;
+         at = text.find(literal_, behind)) {
         if (behind < at) matches.push_back({behind, at, false});
         behind = at + literal_.size();
         matches.push_back({at, behind, true});

@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::string_view where = "post_processor";
 // A template of a hostile file may repeat a text very often.
-constexpr std::size_t max_pieces = 64, max_added = 1 << 16;
+constexpr std::size_t max_pieces = 64;
 
 // It changes offsets, which nobody asks for here.
 class ByteLevel : public PostProcessor {
@@ -71,10 +71,10 @@ public:
             for (const core::Json& piece : array_member(description, key, where)) {
                 parts.push_back(part(piece, specials));
             }
-            if (parts.size() > max_pieces) throw UnsupportedTokenizer("its post_processor has more than 64 pieces");
+            if (parts.size() > max_pieces)
+                throw UnsupportedTokenizer("its post_processor has more than 64 pieces");
         }
         for (const Part& part : single_) added_ += part.ids.size();
-        if (added_ > max_added) throw UnsupportedTokenizer("its post_processor adds more than 65,536 tokens");
     }
     std::size_t added() const override { return added_; }
     std::size_t sequences(std::size_t count) const override {
@@ -116,7 +116,8 @@ private:
         const std::string& name = string_member(special, "id", "a piece of post_processor");
         const auto found = specials.find(name);
         if (found == specials.end()) {
-            throw FileError("the token " + core::show(name) + " of post_processor is not in its special_tokens");
+            throw FileError("the token " + core::show(name) +
+                            " of post_processor is not in its special_tokens");
         }
         return {{}, found->second};
     }

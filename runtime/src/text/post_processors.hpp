@@ -12,6 +12,8 @@ namespace hywu::text {
 
 using Ids = std::vector<std::uint32_t>;
 
+inline constexpr std::size_t max_special_tokens = 1 << 16;
+
 class PostProcessor {
 public:
     virtual ~PostProcessor() = default;
@@ -28,8 +30,8 @@ protected:
     PostProcessor() = default;
 };
 
-// The post-processor of a tokenizer file: TemplateProcessing, RobertaProcessing, BertProcessing, ByteLevel, or a
-// Sequence of these. Throws FileError, UnsupportedTokenizer.
+// The post-processor of a tokenizer file: TemplateProcessing, RobertaProcessing, BertProcessing, ByteLevel,
+// or a Sequence of these. Throws FileError, UnsupportedTokenizer.
 std::unique_ptr<PostProcessor> make_post_processor(const core::Json& description);
 
 }  // namespace hywu::text

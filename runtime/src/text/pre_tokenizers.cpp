@@ -58,7 +58,8 @@ public:
     explicit ByteLevel(const core::Json& description)
         : prefix_space_(bool_member(description, "add_prefix_space", where)) {
         if (bool_member(description, "use_regex", where, true)) {
-            regex_.emplace("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+");
+            regex_.emplace(
+                "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+");
         }
     }
     void pre_tokenize(Pieces& pieces) const override {
@@ -163,7 +164,8 @@ private:
 // Cuts at single characters.
 class Characters : public PreTokenizer {
 public:
-    Characters(bool (*condition)(char32_t), SplitBehavior behavior) : condition_(condition), behavior_(behavior) {}
+    Characters(bool (*condition)(char32_t), SplitBehavior behavior)
+        : condition_(condition), behavior_(behavior) {}
     void pre_tokenize(Pieces& pieces) const override {
         cut_all(pieces, [this](const NormalizedString& text, Pieces& result) {
             append_parts(text, match_if(text.text(), condition_), behavior_, result);
@@ -214,7 +216,8 @@ private:
 
 }  // namespace
 
-void append_parts(const NormalizedString& text, const Matches& matches, SplitBehavior behavior, Pieces& pieces) {
+void append_parts(const NormalizedString& text, const Matches& matches, SplitBehavior behavior,
+                  Pieces& pieces) {
     for (const auto& [begin, end] : split(matches, behavior)) pieces.push_back({text.slice(begin, end), {}});
 }
 

@@ -11,7 +11,7 @@
 
 namespace hywu::text {
 
-// A piece of a text, or an added token.
+// A piece of a text, or an added token, whose text no longer matters.
 struct Piece {
     NormalizedString text;
     std::optional<std::uint32_t> token;
@@ -19,7 +19,8 @@ struct Piece {
 using Pieces = std::vector<Piece>;
 
 // The parts of a piece that are not empty.
-void append_parts(const NormalizedString& text, const Matches& matches, SplitBehavior behavior, Pieces& pieces);
+void append_parts(const NormalizedString& text, const Matches& matches, SplitBehavior behavior,
+                  Pieces& pieces);
 
 class PreTokenizer {
 public:
@@ -34,8 +35,8 @@ protected:
     PreTokenizer() = default;
 };
 
-// The pre-tokenizer of a tokenizer file: ByteLevel, Split, Metaspace, Whitespace, WhitespaceSplit, Punctuation, Digits,
-// or a Sequence of these. Throws FileError, UnsupportedTokenizer.
+// The pre-tokenizer of a tokenizer file: ByteLevel, Split, Metaspace, Whitespace, WhitespaceSplit,
+// Punctuation, Digits, or a Sequence of these. Throws FileError, UnsupportedTokenizer.
 std::unique_ptr<PreTokenizer> make_pre_tokenizer(const core::Json& description);
 
 }  // namespace hywu::text

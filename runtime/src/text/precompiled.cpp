@@ -4,6 +4,7 @@
 #include <array>
 
 #include "core/text.hpp"
+#include "text/normalizers.hpp"
 #include "text/tokenizer_file.hpp"
 
 namespace hywu::text {
@@ -92,9 +93,13 @@ std::optional<Changes> Precompiled::normalize(std::string_view text) const {
     const auto replace = [&](std::string_view part, std::string_view by) {
         modified = true;
         const int difference = static_cast<int>(core::length(by)) - static_cast<int>(core::length(part));
+        if (by.size() > max_normalized_bytes - std::min(changes.size(), max_normalized_bytes)) {
+            throw UnsupportedTokenizer("its normalizers let a text grow beyond 64 MiB");
+        }
         for (std::size_t at = 0; at < by.size();) changes.push_back({core::decode_utf8(by, at), 0});
         if (difference > 0) {
-            for (int i = 0; i < difference; ++i) changes[changes.size() - 1 - static_cast<std::size_t>(i)].change = 1;
+            for (int i = 0; i < difference; ++i)
+                changes[changes.size() - 1 - static_cast<std::size_t>(i)].change = 1;
         } else if (difference < 0 && !changes.empty()) {
             changes.back().change += difference;
         }

@@ -17,6 +17,7 @@ public:
     explicit Precompiled(std::string_view base64);
 
     // The text with what the map replaces replaced; nothing if the map replaces nothing.
+    // Throws UnsupportedTokenizer if the text grows beyond reason.
     std::optional<Changes> normalize(std::string_view text) const;
 
 private:

@@ -4,8 +4,8 @@
 #include <system_error>
 
 #include "core/error.hpp"
-#include "core/log.hpp"
 #include "core/files.hpp"
+#include "core/log.hpp"
 #include "core/text.hpp"
 #include "text/regex.hpp"
 #include "text/tokenizer.hpp"
@@ -61,19 +61,23 @@ Encoded PromptEncoder::encode(const std::vector<std::string>& texts) const {
         try {
             tokens = tokenizer_->encode(text, entry_.truncate ? std::optional(length) : std::nullopt);
         } catch (const UnknownToken& error) {
-            throw Error(ErrorKind::bundle, "The prompt " + core::show(text) + " has no tokens: " + error.what(),
+            throw Error(ErrorKind::bundle,
+                        "The prompt " + core::show(text) + " has no tokens: " + error.what(),
                         "Expected a vocabulary for any text", "Use other words, or export the bundle again");
         } catch (const PatternError& error) {
-            throw Error(ErrorKind::input, "The prompt " + core::show(text) + " cannot be cut into words: " + error.what(),
+            throw Error(ErrorKind::input,
+                        "The prompt " + core::show(text) + " cannot be cut into words: " + error.what(),
                         "Expected a text of ordinary length", "Shorten it");
         } catch (const UnsupportedTokenizer& error) {
-            throw Error(ErrorKind::input, "The prompt " + core::show(text) + " cannot be encoded: " + error.what(),
+            throw Error(ErrorKind::input,
+                        "The prompt " + core::show(text) + " cannot be encoded: " + error.what(),
                         "Expected a text of ordinary length", "Shorten it");
         }
         if (tokens.ids.size() > length) {
-            throw Error(ErrorKind::input,
-                        "The prompt " + core::show(text) + " has " + std::to_string(tokens.ids.size()) + " tokens",
-                        "This bundle takes " + std::to_string(length), "Shorten it");
+            throw Error(
+                ErrorKind::input,
+                "The prompt " + core::show(text) + " has " + std::to_string(tokens.ids.size()) + " tokens",
+                "This bundle takes " + std::to_string(length), "Shorten it");
         }
         if (tokens.cut) {
             core::log(core::LogLevel::warning, "the prompt " + core::show(text) + " is longer than " +

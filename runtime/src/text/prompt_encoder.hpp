@@ -23,19 +23,20 @@ struct Encoded {
     std::vector<std::int64_t> ids, mask;
 };
 
-// Encodes texts to a fixed length, as the manifest's tokenizer entry says. Its const members may be called from several
-// threads at once.
+// Encodes texts to a fixed length, as the manifest's tokenizer entry says. Its const members may be called
+// from several threads at once.
 class PromptEncoder {
 public:
-    // Throws core::Error(bundle): the tokenizer file cannot be used; Error(unsupported): it is of a type that this
-    // runtime does not know.
+    // Throws core::Error(bundle): the tokenizer file cannot be used; Error(unsupported): it is of a type that
+    // this runtime does not know.
     PromptEncoder(const std::filesystem::path& path, const core::Tokenizer& entry);
     ~PromptEncoder();
     PromptEncoder(PromptEncoder&&) noexcept;
     PromptEncoder& operator=(PromptEncoder&&) noexcept;
 
-    // Texts are UTF-8. Cutting a text is warned of. Throws core::Error(input): a text is not valid Unicode, is absurdly
-    // long, or too long where the bundle does not cut; core::Error(bundle): the vocabulary has no token for it.
+    // Texts are UTF-8. Cutting a text is warned of. Throws core::Error(input): a text is not valid Unicode,
+    // is absurdly long, or too long where the bundle does not cut; core::Error(bundle): the vocabulary has no
+    // token for it.
     Encoded encode(const std::vector<std::string>& texts) const;
 
 private:

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <new>
+#include <optional>
 
 #include "core/text.hpp"
 
@@ -38,9 +39,12 @@ struct Budget {
 // Called for every starting point that is tried: PCRE2 limits the steps of each, not their sum.
 int still_time(pcre2_callout_block* /*block*/, void* data) {
     auto* budget = static_cast<Budget*>(data);
-    if (++budget->calls % 256 != 0) return 0;
+    if (++budget->calls % 16 != 0) return 0;
     return Clock::now() < budget->end ? 0 : PCRE2_ERROR_MATCHLIMIT;
 }
+
+// When the searches of this thread have to end, while there is a SearchTime.
+thread_local std::optional<Clock::time_point> common_end;
 
 // The text with code points that PCRE2 may not know replaced by others like them, of the same length.
 std::string known(std::string_view text) {
@@ -63,6 +67,9 @@ std::string known(std::string_view text) {
 
 }  // namespace
 
+SearchTime::SearchTime() { common_end = Clock::now() + limit; }
+SearchTime::~SearchTime() { common_end.reset(); }
+
 struct Regex::Code {
     std::unique_ptr<pcre2_code, Free<pcre2_code_free>> code;
 };
@@ -76,8 +83,7 @@ Regex::Regex(std::string_view pattern) : code_(std::make_unique<Code>()) {
     int error = 0;
     std::size_t where = 0;
     code_->code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(),
-                                    PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &error, &where,
-                                    context.get()));
+                                    PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &error, &where, context.get()));
     if (!code_->code) {
         std::array<PCRE2_UCHAR, 256> message{};
         pcre2_get_error_message(error, message.data(), message.size());
@@ -95,7 +101,7 @@ Matches Regex::find(std::string_view text) const {
     const MatchContext context(pcre2_match_context_create(nullptr));
     const MatchData data(pcre2_match_data_create(1, nullptr));
     if (!context || !data) throw std::bad_alloc();
-    Budget budget{Clock::now() + time_limit};
+    Budget budget{common_end ? *common_end : Clock::now() + SearchTime::limit};
     pcre2_set_callout(context.get(), still_time, &budget);
     pcre2_set_heap_limit(context.get(), heap_limit);
     pcre2_set_match_limit(context.get(), base_steps + 16 * static_cast<std::uint32_t>(text.size()));
@@ -104,8 +110,8 @@ Matches Regex::find(std::string_view text) const {
     std::size_t from = 0, behind = 0;
     bool any = false;
     while (from <= subject.size()) {
-        const int rc = pcre2_match(code_->code.get(), reinterpret_cast<PCRE2_SPTR>(subject.data()), subject.size(),
-                                   from, PCRE2_NO_UTF_CHECK, data.get(), context.get());
+        const int rc = pcre2_match(code_->code.get(), reinterpret_cast<PCRE2_SPTR>(subject.data()),
+                                   subject.size(), from, PCRE2_NO_UTF_CHECK, data.get(), context.get());
         if (rc == PCRE2_ERROR_NOMATCH) break;
         if (rc < 0) throw PatternError("its search takes too much time or memory");
         const std::size_t* found = pcre2_get_ovector_pointer(data.get());

@@ -17,16 +17,25 @@ public:
     using std::runtime_error::runtime_error;
 };
 
-// A pattern in Ruby's syntax as PCRE2 understands it, with Oniguruma's character classes. Groups do not capture.
+// A pattern in Ruby's syntax as PCRE2 understands it, with Oniguruma's character classes. Groups do not
+// capture.
 // Throws PatternError.
 std::string to_pcre2(std::string_view pattern);
+
+// While one lives, all searches of its thread together may take so long; without it each may.
+class SearchTime {
+public:
+    static constexpr std::chrono::seconds limit{10};
+
+    SearchTime();
+    ~SearchTime();
+    SearchTime(const SearchTime&) = delete;
+    SearchTime& operator=(const SearchTime&) = delete;
+};
 
 // A compiled pattern. Its const members may be called from several threads at once.
 class Regex {
 public:
-    // What the searches of one text may take before they are given up as hopeless.
-    static constexpr std::chrono::seconds time_limit{20};
-
     // Throws PatternError.
     explicit Regex(std::string_view pattern);
     ~Regex();

@@ -1,5 +1,6 @@
-// From Oniguruma's Ruby syntax (its doc/RE) to PCRE2's (pcre2pattern(3)). Where the two mean different things by the
-// same text, the pattern is rewritten; what has no counterpart, and what no tokenizer needs, is refused by name.
+// From Oniguruma's Ruby syntax (its doc/RE) to PCRE2's (pcre2pattern(3)). Where the two mean different things
+// by the same text, the pattern is rewritten; what has no counterpart, and what no tokenizer needs, is
+// refused by name.
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
@@ -20,23 +21,27 @@ constexpr std::size_t max_pattern = 1 << 16, max_depth = 64;
 
 // Insides of character classes. Spaces are White_Space: PCRE2 counts U+180E too.
 constexpr std::string_view space =
-    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}";
+    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{"
+    "3000}";
 constexpr std::string_view no_space =
-    "\\x{0}-\\x{8}\\x{e}-\\x{1f}\\x{21}-\\x{84}\\x{86}-\\x{9f}\\x{a1}-\\x{167f}\\x{1681}-\\x{1fff}\\x{200b}-\\x{2027}"
+    "\\x{0}-\\x{8}\\x{e}-\\x{1f}\\x{21}-\\x{84}\\x{86}-\\x{9f}\\x{a1}-\\x{167f}\\x{1681}-\\x{1fff}\\x{200b}-"
+    "\\x{2027}"
     "\\x{202a}-\\x{202e}\\x{2030}-\\x{205e}\\x{2060}-\\x{2fff}\\x{3001}-\\x{10ffff}";
-// Letters, marks, decimal and letter numbers, connectors, the other alphabetic ones, and, as Oniguruma has it, the
-// numbers of Latin-1.
+// Letters, marks, decimal and letter numbers, connectors, the other alphabetic ones, and, as Oniguruma has
+// it, the numbers of Latin-1.
 constexpr std::string_view word =
-    "\\p{L}\\p{M}\\p{Nd}\\p{Nl}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}"
+    "\\p{L}\\p{M}\\p{Nd}\\p{Nl}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{"
+    "1f149}"
     "\\x{1f150}-\\x{1f169}\\x{1f170}-\\x{1f189}";
 constexpr std::string_view hexadecimal = "0-9A-Fa-f";
 
 constexpr std::array<std::string_view, 37> categories = {
-    "L",  "Lu", "Ll", "Lt", "Lm", "Lo", "M",  "Mn", "Mc", "Me", "N",  "Nd", "Nl", "No", "P",  "Pc", "Pd", "Ps", "Pe",
-    "Pi", "Pf", "Po", "S",  "Sm", "Sc", "Sk", "So", "Z",  "Zs", "Zl", "Zp", "C",  "Cc", "Cf", "Cn", "Co", "Any"};
-constexpr std::array<std::string_view, 14> scripts = {
-    "Arabic", "Armenian", "Bopomofo", "Cyrillic", "Devanagari", "Greek", "Han",
-    "Hangul", "Hebrew",   "Hiragana", "Katakana", "Latin",      "Thai",  "Bengali"};
+    "L",  "Lu", "Ll", "Lt", "Lm", "Lo", "M",  "Mn", "Mc", "Me", "N",  "Nd", "Nl",
+    "No", "P",  "Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "S",  "Sm", "Sc", "Sk",
+    "So", "Z",  "Zs", "Zl", "Zp", "C",  "Cc", "Cf", "Cn", "Co", "Any"};
+constexpr std::array<std::string_view, 12> scripts = {"Armenian", "Bengali",  "Bopomofo", "Devanagari",
+                                                      "Greek",    "Han",      "Hangul",   "Hebrew",
+                                                      "Hiragana", "Katakana", "Latin",    "Thai"};
 
 [[noreturn]] void refuse(const std::string& what) { throw PatternError(what); }
 
@@ -101,7 +106,8 @@ private:
         }
     }
 
-    // A quantifier of what was written since `begin`. A second one applies to all before it: PCRE2 wants a group.
+    // A quantifier of what was written since `begin`. A second one applies to all before it: PCRE2 wants a
+    // group.
     bool quantifier(std::size_t begin, bool first) {
         std::string text;
         bool suffix = true;
@@ -145,7 +151,8 @@ private:
         }
         if (at >= in_.size() || in_[at] != '}' || (low.empty() && high.empty())) return false;
         if (low.size() > 5 || high.size() > 5) refuse("it repeats too often");
-        if (!low.empty() && !high.empty() && std::stol(low) > std::stol(high)) refuse("a repetition runs backwards");
+        if (!low.empty() && !high.empty() && std::stol(low) > std::stol(high))
+            refuse("a repetition runs backwards");
         at_ = at + 1;
         suffix = comma;
         text = "{" + (low.empty() ? "0" : low) + (comma ? "," : "") + high + "}";
@@ -332,7 +339,8 @@ private:
         }
         const bool whole = braced ? count > 0 && take("}") : count == digits;
         // \x80 and above would be a byte of a code point.
-        if (!whole || value > 0x10ffff || (value >= 0xd800 && value < 0xe000) || (digits == 2 && value > 0x7f)) {
+        if (!whole || value > 0x10ffff || (value >= 0xd800 && value < 0xe000) ||
+            (digits == 2 && value > 0x7f)) {
             refuse("a character's number is not valid");
         }
         return value;
@@ -373,7 +381,11 @@ private:
             }
             first = false;
             char32_t low = 0;
-            if (set_of_its_own(text, low)) continue;
+            if (set_of_its_own(text, low)) {
+                if (next_is("-") && !next_is("-]"))
+                    refuse("a range in a character class begins with a class");
+                continue;
+            }
             if (!(next_is("-") && in_.substr(at_, 2) != "-]" && at_ + 1 < in_.size())) {
                 text += literal(low);
                 continue;
@@ -432,7 +444,8 @@ private:
         if (take("xdigit:]")) return text += hexadecimal, true;
         if (take("word:]")) return text += word, true;
         const std::size_t end = std::min(in_.find(":]", at_), in_.size());
-        refuse("[:" + std::string(in_.substr(at_, std::min<std::size_t>(end - at_, 20))) + ":] is not supported");
+        refuse("[:" + std::string(in_.substr(at_, std::min<std::size_t>(end - at_, 20))) +
+               ":] is not supported");
     }
 
     std::string_view in_;

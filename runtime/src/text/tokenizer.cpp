@@ -14,7 +14,9 @@ namespace {
 std::unique_ptr<Model> make_model(TokenizerFile&& file, const core::Json& model) {
     if (!model.members()) throw FileError("model is not an object");
     // Files of before 0.9 do not name the type.
-    const std::string type = model.member("type") ? type_of(model, "model") : file.has_merges ? "BPE" : "Unigram";
+    const std::string type = model.member("type") ? type_of(model, "model")
+                             : file.has_merges    ? "BPE"
+                                                  : "Unigram";
     if (type == "BPE") return std::make_unique<Bpe>(std::move(file), model);
     if (type == "Unigram") return std::make_unique<Unigram>(std::move(file), model);
     throw UnsupportedTokenizer("its model is of the type " + core::show(type));
@@ -31,7 +33,8 @@ const core::Json* part(const core::Json& file, std::string_view key) {
 Tokenizer::Tokenizer(std::string_view json) {
     TokenizerFile file = TokenizerFile::parse(json);
     const core::Json rest = std::exchange(file.rest, {});
-    if (const core::Json* version = part(rest, "version"); version && (!version->string() || *version->string() != "1.0")) {
+    if (const core::Json* version = part(rest, "version");
+        version && (!version->string() || *version->string() != "1.0")) {
         throw UnsupportedTokenizer("its version is not 1.0");
     }
     if (const core::Json* normalizer = part(rest, "normalizer")) normalizer_ = make_normalizer(*normalizer);
@@ -41,6 +44,9 @@ Tokenizer::Tokenizer(std::string_view json) {
     if (const core::Json* post_processor = part(rest, "post_processor")) {
         post_processor_ = make_post_processor(*post_processor);
         post_processor_->sequences(1);
+        if (post_processor_->added() > max_special_tokens) {
+            throw UnsupportedTokenizer("its post_processor adds more than 65,536 tokens");
+        }
     }
     try {
         model_ = make_model(std::move(file), member(rest, "model", ""));
@@ -55,6 +61,7 @@ Tokenizer::Tokenizer(std::string_view json) {
 }
 
 Tokenizer::Result Tokenizer::encode(std::string_view text, std::optional<std::size_t> max_length) const {
+    const SearchTime search_time;
     Pieces pieces = added_tokens_->extract(text, normalizer_.get());
     if (pre_tokenizer_) pre_tokenizer_->pre_tokenize(pieces);
     const std::size_t added = post_processor_ ? post_processor_->added() : 0;
@@ -77,7 +84,8 @@ Tokenizer::Result Tokenizer::encode(std::string_view text, std::optional<std::si
     sequences.push_back(std::move(result.ids));
     sequences = post_processor_->process(std::move(sequences));
     result.ids.clear();
-    for (const Ids& sequence : sequences) result.ids.insert(result.ids.end(), sequence.begin(), sequence.end());
+    for (const Ids& sequence : sequences)
+        result.ids.insert(result.ids.end(), sequence.begin(), sequence.end());
     return result;
 }
 

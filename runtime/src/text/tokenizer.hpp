@@ -15,8 +15,8 @@
 
 namespace hywu::text {
 
-// Gives the ids that the `tokenizers` library gives, special tokens included. Its const members may be called from
-// several threads at once.
+// Gives the ids that the `tokenizers` library gives, special tokens included. Its const members may be called
+// from several threads at once.
 class Tokenizer {
 public:
     struct Result {
@@ -28,8 +28,8 @@ public:
     // Throws FileError, UnsupportedTokenizer.
     explicit Tokenizer(std::string_view json);
 
-    // The ids of a text (valid UTF-8), at most `max_length` with the special tokens if that is given and is at least
-    // their number. Throws UnknownToken, PatternError, UnsupportedTokenizer.
+    // The ids of a text (valid UTF-8), at most `max_length` with the special tokens if that is given and is
+    // at least their number. Throws UnknownToken, PatternError, UnsupportedTokenizer.
     Result encode(std::string_view text, std::optional<std::size_t> max_length = {}) const;
 
 private:

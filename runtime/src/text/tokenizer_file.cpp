@@ -25,7 +25,8 @@ public:
     }
     bool number_unsigned(number_unsigned_t value) override {
         if (part_ == Part::ids) {
-            if (value > std::numeric_limits<std::uint32_t>::max()) throw FileError("an id in its vocabulary is too large");
+            if (value > std::numeric_limits<std::uint32_t>::max())
+                throw FileError("an id in its vocabulary is too large");
             file_.ids.push_back(static_cast<std::uint32_t>(value));
             return true;
         }
@@ -133,8 +134,9 @@ private:
         depth_ = 1;
     }
     [[noreturn]] void wrong() const {
-        throw FileError(part_ == Part::merges ? "model.merges holds something that is not a merge"
-                                              : "model.vocab holds something that is not a token with its number");
+        throw FileError(part_ == Part::merges
+                            ? "model.merges holds something that is not a merge"
+                            : "model.vocab holds something that is not a token with its number");
     }
     bool add(Json value) {
         if (part_ != Part::rest) wrong();

@@ -45,7 +45,8 @@ private:
 struct TokenizerFile {
     // Without `model.vocab` and `model.merges`.
     core::Json rest;
-    // The vocabulary in the file's order: an object of ids (`ids`), or an array of pairs with scores (`scores`).
+    // The vocabulary in the file's order: an object of ids (`ids`), or an array of pairs with scores
+    // (`scores`).
     bool has_vocab = false, has_merges = false;
     Strings tokens;
     std::vector<std::uint32_t> ids;
@@ -57,7 +58,8 @@ struct TokenizerFile {
     static TokenizerFile parse(std::string_view json);
 };
 
-// A double as the `tokenizers` library reads it: serde_json's quick way, which may miss the nearest by a bit or two.
+// A double as the `tokenizers` library reads it: serde_json's quick way, which may miss the nearest by a bit
+// or two.
 // Throws FileError if it is too large.
 double read_score(std::string_view number);
 

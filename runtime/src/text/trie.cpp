@@ -36,17 +36,18 @@ Trie::Trie(std::vector<Entry> entries) {
         while (begin < end) {
             const char first = entries[begin].first[depth];
             const std::size_t next = static_cast<std::size_t>(
-                std::partition_point(entries.begin() + static_cast<std::ptrdiff_t>(begin),
-                                     entries.begin() + static_cast<std::ptrdiff_t>(end),
-                                     [&, at = depth](const Entry& entry) { return entry.first[at] == first; }) -
+                std::partition_point(
+                    entries.begin() + static_cast<std::ptrdiff_t>(begin),
+                    entries.begin() + static_cast<std::ptrdiff_t>(end),
+                    [&, at = depth](const Entry& entry) { return entry.first[at] == first; }) -
                 entries.begin());
             // Sorted, so that what the first and the last share is what all share.
             const std::string_view low = entries[begin].first, high = entries[next - 1].first;
             std::size_t shared = depth + 1;
             while (shared < low.size() && shared < high.size() && low[shared] == high[shared]) ++shared;
             const std::uint32_t value = low.size() == shared ? entries[begin].second : none;
-            nodes_.push_back({static_cast<std::uint32_t>(labels_.size()), static_cast<std::uint32_t>(shared - depth), 0,
-                              0, value});
+            nodes_.push_back({static_cast<std::uint32_t>(labels_.size()),
+                              static_cast<std::uint32_t>(shared - depth), 0, 0, value});
             labels_ += low.substr(depth, shared - depth);
             ++nodes_[node].child_count;
             open.push_back({static_cast<std::uint32_t>(nodes_.size() - 1), begin, next, shared});

@@ -11,7 +11,8 @@
 
 namespace hywu::text {
 
-// A compressed trie (Morrison's PATRICIA, over bytes): at most two nodes for every string, whatever their length.
+// A compressed trie (Morrison's PATRICIA, over bytes): at most two nodes for every string, whatever their
+// length.
 class Trie {
 public:
     using Entry = std::pair<std::string_view, std::uint32_t>;

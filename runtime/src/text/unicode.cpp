@@ -116,7 +116,8 @@ void compose(std::vector<Classed>& text) {
 
 bool is_space(char32_t c) noexcept {
     return (c >= 0x9 && c <= 0xd) || c == 0x20 || c == 0x85 || c == 0xa0 || c == 0x1680 ||
-           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
+           c == 0x3000;
 }
 
 bool is_number(char32_t c) noexcept {
@@ -157,8 +158,7 @@ void append_lower(Changes& changes, char32_t c) {
 }
 
 Changes normal_form(std::string_view text, NormalForm form) {
-    std::vector<Classed> code_points =
-        decompose(text, form == NormalForm::nfkc || form == NormalForm::nfkd);
+    std::vector<Classed> code_points = decompose(text, form == NormalForm::nfkc || form == NormalForm::nfkd);
     if (form == NormalForm::nfc || form == NormalForm::nfkc) compose(code_points);
     Changes result;
     result.reserve(code_points.size());

@@ -1,4 +1,5 @@
-// What is known about code points, with the `tokenizers` library's versions of Unicode; see unicode_tables.hpp.
+// What is known about code points, with the `tokenizers` library's versions of Unicode; see
+// unicode_tables.hpp.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +9,9 @@
 
 namespace hywu::text {
 
-// A code point of a changed text and how many of the old one it stands for, less one: 1 for an added one, 0 for
-// one that takes another's place, -n for one behind which n were removed. The numbers of the `tokenizers` library.
+// A code point of a changed text and how many of the old one it stands for, less one: 1 for an added one, 0
+// for one that takes another's place, -n for one behind which n were removed. The numbers of the `tokenizers`
+// library.
 struct Change {
     char32_t code_point;
     int change;
@@ -24,8 +26,8 @@ bool is_mark(char32_t code_point) noexcept;         // what StripAccents removes
 bool is_punctuation(char32_t code_point) noexcept;  // what Punctuation splits at
 bool is_word(char32_t code_point) noexcept;         // \w of added tokens and of Whitespace
 
-// The code point, or one of Unicode 14 of the same general category and the same length in UTF-8 in place of one
-// that is newer, for libraries that do not know it.
+// The code point, or one of Unicode 14 of the same general category and the same length in UTF-8 in place of
+// one that is newer, for libraries that do not know it.
 char32_t stand_in(char32_t code_point) noexcept;
 
 // The lower-case form, of one or two code points, without regard to neighbours.

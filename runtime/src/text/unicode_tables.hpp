@@ -24,12 +24,12 @@ struct Table {
     const T* end() const noexcept { return data + size; }
 };
 
-extern const Table<CodePointRange> later_than_9;   // not assigned in Unicode 9.0
-extern const Table<StandIn> stand_ins;             // assigned since 14.0, with an older one of its kind
-extern const Table<CodePointPair> recent_lower;    // lower-case forms since 14.0
-extern const Table<CodePointRange> recent_numbers; // general category N, since 14.0
-extern const Table<CodePointRange> marks;          // what StripAccents removes
-extern const Table<CodePointRange> punctuation;    // what Punctuation splits at
-extern const Table<CodePointRange> words;          // \w of Rust's regular expressions
+extern const Table<CodePointRange> later_than_9;    // not assigned in Unicode 9.0
+extern const Table<StandIn> stand_ins;              // assigned since 14.0, with an older one of its kind
+extern const Table<CodePointPair> recent_lower;     // lower-case forms since 14.0
+extern const Table<CodePointRange> recent_numbers;  // general category N, since 14.0
+extern const Table<CodePointRange> marks;           // what StripAccents removes
+extern const Table<CodePointRange> punctuation;     // what Punctuation splits at
+extern const Table<CodePointRange> words;           // \w of Rust's regular expressions
 
 }  // namespace hywu::text

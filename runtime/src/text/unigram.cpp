@@ -15,7 +15,8 @@ constexpr std::size_t max_tokens = 1 << 28;
 }  // namespace
 
 Unigram::Unigram(TokenizerFile&& file, const core::Json& model) : scores_(std::move(file.scores)) {
-    if (!file.has_vocab || !file.ids.empty() || file.tokens.size() != scores_.size() || scores_.size() > max_tokens) {
+    if (!file.has_vocab || !file.ids.empty() || file.tokens.size() != scores_.size() ||
+        scores_.size() > max_tokens) {
         throw FileError("its model Unigram has no vocabulary");
     }
     byte_fallback_ = bool_member(model, "byte_fallback", "model", false);
@@ -35,8 +36,8 @@ Unigram::Unigram(TokenizerFile&& file, const core::Json& model) : scores_(std::m
     bytes_ = byte_tokens(*this);
 }
 
-// The path of the highest score, the sum of its tokens' scores from left to right (Viterbi); of equals the one that
-// was found first, by where the last token begins, then by its length.
+// The path of the highest score, the sum of its tokens' scores from left to right (Viterbi); of equals the
+// one that was found first, by where the last token begins, then by its length.
 void Unigram::tokenize(std::string_view piece, std::vector<std::uint32_t>& ids) const {
     struct Node {
         double score = 0;

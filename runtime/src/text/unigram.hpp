@@ -19,7 +19,9 @@ public:
     Unigram(TokenizerFile&& file, const core::Json& model);
 
     void tokenize(std::string_view piece, std::vector<std::uint32_t>& ids) const override;
-    std::optional<std::uint32_t> token_to_id(std::string_view token) const override { return trie_.find(token); }
+    std::optional<std::uint32_t> token_to_id(std::string_view token) const override {
+        return trie_.find(token);
+    }
     std::size_t vocabulary_size() const noexcept override { return scores_.size(); }
 
 private:

@@ -36,7 +36,9 @@ int run(const std::vector<std::string>& arguments) {
     const std::string& verb = arguments.at(1);
     if (verb == "resize") {
         const std::vector<std::uint8_t> pixels = input();
-        if (pixels.size() != std::size_t{3} * static_cast<std::size_t>(number(2)) * static_cast<std::size_t>(number(3))) return 2;
+        if (pixels.size() !=
+            std::size_t{3} * static_cast<std::size_t>(number(2)) * static_cast<std::size_t>(number(3)))
+            return 2;
         output(images::resize_lanczos(pixels.data(), number(2), number(3), number(4), number(5)));
     } else if (verb == "white") {
         const std::vector<std::uint8_t> pixels = input();

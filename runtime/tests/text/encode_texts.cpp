@@ -2,8 +2,9 @@
 //
 //     hywu_encode_texts TOKENIZER.json [MAX_LENGTH PAD_ID left|right cut|refuse]
 //
-// A text is its length in bytes as a little-endian 32-bit integer, and the bytes. The answer is a line for each: the
-// ids, and, with a length, " | " and the mask; or "error: …". Without a length nothing is cut or padded.
+// A text is its length in bytes as a little-endian 32-bit integer, and the bytes. The answer is a line for
+// each: the ids, and, with a length, " | " and the mask; or "error: …". Without a length nothing is cut or
+// padded.
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -25,8 +26,8 @@ namespace {
 std::optional<std::string> read_text() {
     unsigned char size[4];
     if (std::fread(size, 1, 4, stdin) != 4) return {};
-    const std::uint32_t bytes = size[0] | std::uint32_t{size[1]} << 8 | std::uint32_t{size[2]} << 16 |
-                                std::uint32_t{size[3]} << 24;
+    const std::uint32_t bytes =
+        size[0] | std::uint32_t{size[1]} << 8 | std::uint32_t{size[2]} << 16 | std::uint32_t{size[3]} << 24;
     std::string text(bytes, '\0');
     if (std::fread(text.data(), 1, bytes, stdin) != bytes) return {};
     return text;
@@ -42,7 +43,8 @@ void append(std::string& line, const Numbers& numbers) {
 int main(int argc, char** argv) {
     using namespace hywu;
     if (argc != 2 && argc != 6) {
-        std::fputs("usage: hywu_encode_texts TOKENIZER.json [MAX_LENGTH PAD_ID left|right cut|refuse]\n", stderr);
+        std::fputs("usage: hywu_encode_texts TOKENIZER.json [MAX_LENGTH PAD_ID left|right cut|refuse]\n",
+                   stderr);
         return 2;
     }
     try {
