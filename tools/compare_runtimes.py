@@ -1,10 +1,11 @@
-"""One edit with hywu-edit, with the Python runtime, and with the diffusers pipeline in torch: times and memory.
+"""One edit with hywu-edit, the Python runtime, and the diffusers pipeline in torch: times and memory.
 
     python tools/compare_runtimes.py --build build/release --bundle out/bundle --rounds 5
 
-The three take turns, each in processes of their own, so that a busy machine is busy for all of them. A round measures
-the time from the start of the process to the picture in its file, CPU time and peak resident memory of that process
-(`wait4`), and then, in another process, edits that follow on the first. Prints a table; ``--json`` writes all numbers.
+The three take turns, each in processes of their own, so that a busy machine is busy for all of them. A round
+measures the time from the start of the process to the picture in its file, CPU time and peak resident memory
+of that process (`wait4`), and then, in another process, edits that follow on the first. Prints a table;
+``--json`` writes all numbers.
 
 The diffusers pipeline is the base alone: it makes no deltas and applies none, so it has less to do.
 """
@@ -42,7 +43,9 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 bundle, photo, out, threads, edits = sys.argv[1:]
 torch.set_num_threads(int(threads))
-pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(bundle, torch_dtype=torch.float32, safety_checker=None)
+pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+    bundle, torch_dtype=torch.float32, safety_checker=None
+)
 pipeline.set_progress_bar_config(disable=True)
 image = Image.open(photo).convert("RGB").resize((128, 128))
 def edit(seed):
@@ -91,14 +94,14 @@ def main() -> None:
         out = str(Path(folder) / "out.png")
         common = [str(options.photo), out, str(options.threads)]
         cold = {
-            "hywu-edit": [str(tools / "hywu-edit"), str(options.bundle), common[0], PROMPT, "--out", out, "--threads",
-                          common[2]],
+            "hywu-edit": [str(tools / "hywu-edit"), str(options.bundle), common[0], PROMPT, "--out", out,
+                          "--threads", common[2]],
             "Python runtime": [sys.executable, "-c", PYTHON, str(options.bundle), *common, "0"],
             "diffusers, torch": [sys.executable, "-c", TORCH, str(base), *common, "0"],
         }  # fmt: skip
         steady = {
-            "hywu-edit": [str(tools / "hywu-bench"), str(options.bundle), "--photo", common[0], "--threads", common[2],
-                          "--runs", str(options.edits), "--warm-up", "0", "--json"],
+            "hywu-edit": [str(tools / "hywu-bench"), str(options.bundle), "--photo", common[0],
+                          "--threads", common[2], "--runs", str(options.edits), "--warm-up", "0", "--json"],
             "Python runtime": [*cold["Python runtime"][:-1], str(options.edits)],
             "diffusers, torch": [*cold["diffusers, torch"][:-1], str(options.edits)],
         }  # fmt: skip
@@ -109,7 +112,11 @@ def main() -> None:
                 if round_number == 0:
                     continue  # files come into the page cache
                 numbers = found.setdefault(name, {"cold": [], "cold_cpu": [], "memory": [], "edit": []})
-                edits = [json.loads(text)["stages"]["edit"]["p50"]] if text.startswith("{") else map(float, text.split())
+                edits = (
+                    [json.loads(text)["stages"]["edit"]["p50"]]
+                    if text.startswith("{")
+                    else map(float, text.split())
+                )
                 numbers["cold"].append(wall)
                 numbers["cold_cpu"].append(cpu)
                 numbers["memory"].append(memory)

@@ -1,4 +1,4 @@
-"""Edits a photo with the C library from Python, without the package: ctypes, and NumPy and Pillow for the pixels.
+"""Edits a photo with the C library from Python, without the package: ctypes, NumPy and Pillow.
 
 python edit_ctypes.py BUNDLE photo.jpg "make it sepia" edited.png [libhywu.so]
 
@@ -13,7 +13,12 @@ from PIL import Image
 
 
 class Pixels(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("width", ctypes.c_int32), ("height", ctypes.c_int32), ("stride", ctypes.c_size_t)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("width", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("stride", ctypes.c_size_t),
+    ]
 
 
 class EditParams(ctypes.Structure):
@@ -25,8 +30,9 @@ class EditParams(ctypes.Structure):
         ("guidance", ctypes.c_void_p), ("guidance_count", ctypes.c_size_t),
         ("delta_strength", ctypes.c_double), ("delta_strengths", ctypes.c_void_p),
         ("deltas", ctypes.c_void_p), ("delta_count", ctypes.c_size_t),
-        ("sampler", ctypes.c_char_p), ("steps", ctypes.c_int32), ("width", ctypes.c_int32), ("height", ctypes.c_int32),
-        ("reserved", ctypes.c_int32), ("noise", ctypes.c_void_p), ("latents", ctypes.c_void_p),
+        ("sampler", ctypes.c_char_p), ("steps", ctypes.c_int32),
+        ("width", ctypes.c_int32), ("height", ctypes.c_int32), ("reserved", ctypes.c_int32),
+        ("noise", ctypes.c_void_p), ("latents", ctypes.c_void_p),
         ("inputs", ctypes.c_void_p), ("input_count", ctypes.c_size_t),
         ("progress", ctypes.c_void_p), ("progress_user", ctypes.c_void_p), ("cancel", ctypes.c_void_p),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The C++ runtime gives the bytes that the Python runtime gives: toy family, variants, given deltas, the demo pair."""
+"""The C++ runtime gives the bytes that the Python runtime gives, for the toy family and for the demo pair."""
 
 from __future__ import annotations
 
@@ -112,12 +112,22 @@ def test_strengths_seeds_scales_for_each_sample(both: Both) -> None:
     requests = [(photo(i), PROMPTS[i]) for i in range(3)]
     options: dict[str, Any] = {"inputs": region(3), "sampler": "wild"}
     each = both.edit(
-        requests, delta_strength=[0.0, 0.5, 2.0], seed=[3, 2**64 - 1, 3], guidance={"text": [1.0, 3.0, 0.5]}, **options
+        requests,
+        delta_strength=[0.0, 0.5, 2.0],
+        seed=[3, 2**64 - 1, 3],
+        guidance={"text": [1.0, 3.0, 0.5]},
+        **options,
     )
-    off = both.edit(requests, delta_strength=0.0, seed=[3, 2**64 - 1, 3], guidance={"text": [1.0, 3.0, 0.5]}, **options)
+    off = both.edit(
+        requests, delta_strength=0.0, seed=[3, 2**64 - 1, 3], guidance={"text": [1.0, 3.0, 0.5]}, **options
+    )
     np.testing.assert_array_equal(each[0], off[0])
-    alone = both.edit([requests[2]], seed=[3], inputs={"region": options["inputs"]["region"][2:]}, sampler="wild")
-    apart = both.edit([requests[2]], seed=3, inputs={"region": options["inputs"]["region"][2:]}, sampler="wild")
+    alone = both.edit(
+        [requests[2]], seed=[3], inputs={"region": options["inputs"]["region"][2:]}, sampler="wild"
+    )
+    apart = both.edit(
+        [requests[2]], seed=3, inputs={"region": options["inputs"]["region"][2:]}, sampler="wild"
+    )
     np.testing.assert_array_equal(alone[0], apart[0])
 
 
@@ -209,11 +219,13 @@ def test_the_same_words_for_the_same_mistakes(both: Both, library: Library, toy:
     """Both runtimes refuse with one text, where the mistake can be made in both."""
     good = {"inputs": region(1)}
     mistakes: list[dict[str, Any]] = [
-        {"sampler": "none"}, {"steps": 9}, {"steps": -2}, {"guidance": {"image": 1.0}}, {"guidance": {"text": float("nan")}},
+        {"sampler": "none"}, {"steps": 9}, {"steps": -2},
+        {"guidance": {"image": 1.0}}, {"guidance": {"text": float("nan")}},
         {"delta_strength": float("inf")}, {"size": (12, 16)}, {"inputs": {}},
         {"inputs": {"nothing": np.zeros(1, np.float32)}}, {"inputs": {"latents": np.zeros(1, np.float32)}},
         {"inputs": region(2)}, {"inputs": {"region": np.zeros((1, 1, 4), np.float32)}},
-        {"latents": np.full((1, 4, 4, 6), np.nan, np.float32)}, {"latents": np.zeros((1, 4, 4, 5), np.float32)},
+        {"latents": np.full((1, 4, 4, 6), np.nan, np.float32)},
+        {"latents": np.zeros((1, 4, 4, 5), np.float32)},
         {"noise": np.zeros((1, 1, 4, 4, 6), np.float32)},
     ]  # fmt: skip
     for mistake in mistakes:
@@ -274,7 +286,7 @@ def test_linked_weights(library: Library, pair: Any, tmp_path: Path) -> None:
 
     path = tmp_path / "linked"
     export(path, pair.base, pair.generator, ExportOptions(link_weights=True, max_steps=12))
-    sources = {name: {"base": pair.base, "generator": pair.generator}[name] for name in Editor_sources(path)}
+    sources = {name: {"base": pair.base, "generator": pair.generator}[name] for name in linked_sources(path)}
     with pytest.raises(NativeError, match="linked to source") as caught:
         native.Editor.load(library, path)
     assert caught.value.status == "BUNDLE"
@@ -282,7 +294,7 @@ def test_linked_weights(library: Library, pair: Any, tmp_path: Path) -> None:
     both.edit([(photo(1, 64, 64), "make it sepia")], steps=3)
 
 
-def Editor_sources(path: Path) -> set[str]:
+def linked_sources(path: Path) -> set[str]:
     from hywu_runtime import Manifest
 
     linked = Manifest.read(path).linked
@@ -296,14 +308,22 @@ def test_every_instruction_of_the_demo(library: Library, demo_bundle: Path) -> N
 
     both = Both(library, demo_bundle)
     source = load_photo(demo.HERE / "photos" / "coffee.jpg", both.python.bundle.manifest.image, (64, 64))
-    edits = [
-        both.edit([(source, operation.phrasings[0])], seed=7)[0] for operation in operations.OPERATIONS
-    ]
+    edits = [both.edit([(source, operation.phrasings[0])], seed=7)[0] for operation in operations.OPERATIONS]
     assert len({edit.tobytes() for edit in edits}) == len(operations.OPERATIONS)
     phrasings = [operation.phrasings[-1] for operation in operations.OPERATIONS[:3]]
-    photos = [load_photo(p, both.python.bundle.manifest.image, (64, 96)) for p in sorted((demo.HERE / "photos").glob("*.jpg"))[:3]]
+    photos = [
+        load_photo(p, both.python.bundle.manifest.image, (64, 96))
+        for p in sorted((demo.HERE / "photos").glob("*.jpg"))[:3]
+    ]
     batch = both.edit(list(zip(photos, phrasings)), guidance={"text": 4.0, "image": 1.5}, steps=3)
-    both.edit(list(zip(photos, phrasings)), guidance={"text": 4.0, "image": 1.5}, steps=3, negative_prompt=["ugly"] * 3)
-    off = both.edit(list(zip(photos, phrasings)), guidance={"text": 4.0, "image": 1.5}, steps=3, delta_strength=0.0)
+    both.edit(
+        list(zip(photos, phrasings)),
+        guidance={"text": 4.0, "image": 1.5},
+        steps=3,
+        negative_prompt=["ugly"] * 3,
+    )
+    off = both.edit(
+        list(zip(photos, phrasings)), guidance={"text": 4.0, "image": 1.5}, steps=3, delta_strength=0.0
+    )
     assert np.abs(batch[0].astype(int) - off[0]).mean() > 1
     both.close()

@@ -1,7 +1,8 @@
-"""Damaged bundles in the C++ runtime: every file missing, cut short, or changed, at every position of the load."""
+"""Damaged bundles in the C++ runtime: files missing, cut short or changed, at every point of the load."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import native
 import numpy as np
 import pytest
-from native import Library, NativeError
+from native import STATUS, Library, NativeError
 
 PHOTO = np.full((8, 16, 3), 100, np.uint8)
 REGION = {"region": np.full((1, 1, 2, 4), 0.5, np.float32)}
@@ -67,11 +68,11 @@ def test_changed_bytes_never_crash(library: Library, copy: Path) -> None:
             for place in rng.integers(0, len(whole), rng.integers(1, 5)):
                 changed[place] = int(rng.integers(0, 256))
             file.write_bytes(changed)
-            try:
+            with contextlib.suppress(NativeError):
                 edit(library, copy)
-            except NativeError as error:
-                assert error.status in ("BUNDLE", "ENGINE", "INPUT", "DELTA", "UNSUPPORTED", "DEVICE"), str(error)
-                assert error.parts[0]
+                continue
+            assert STATUS[library.lib.hywu_last_status()] not in ("OK", "INTERNAL", "MEMORY", "CALLBACK")
+            assert library.lib.hywu_last_error_part(0)
         file.write_bytes(whole)
 
 
@@ -94,4 +95,3 @@ def test_a_file_that_goes_after_the_bundle_was_opened(library: Library, copy: Pa
     assert caught.value.status == "BUNDLE"
     (copy / "step.onnx").write_bytes(whole)
     np.testing.assert_array_equal(editor.edit(PHOTO, "abc", inputs=REGION), expected)
-

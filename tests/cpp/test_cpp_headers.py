@@ -1,4 +1,4 @@
-"""The headers as a user meets them: the example at their head compiles and runs, from C and from C++; examples too."""
+"""The headers as a user meets them: the examples at their heads and those in their folder, compile, run."""
 
 from __future__ import annotations
 
@@ -38,8 +38,16 @@ def example(header: str, prefix: str) -> str:
     """The indented code in the comment that opens a header."""
     text = (INCLUDE / "hywu" / header).read_text()
     head = text[: text.index("#ifndef")]
-    lines = [line.removeprefix(prefix) for line in head.splitlines() if line.startswith((prefix + "    ", prefix.rstrip()))]
-    code = [line[4:] if line.startswith("    ") else "" for line in lines if line.startswith("    ") or not line.strip()]
+    lines = [
+        line.removeprefix(prefix)
+        for line in head.splitlines()
+        if line.startswith((prefix + "    ", prefix.rstrip()))
+    ]
+    code = [
+        line[4:] if line.startswith("    ") else ""
+        for line in lines
+        if line.startswith("    ") or not line.strip()
+    ]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(code)).strip() + "\n"
 
 
@@ -53,8 +61,8 @@ def compiler(name: str) -> str:
 def compile_and_link(source: Path, library: Library, *flags: str) -> Path:
     program = source.with_suffix("")
     command = [
-        compiler("gcc" if source.suffix == ".c" else "g++"), *WARNINGS, *flags, f"-I{INCLUDE}", str(source), "-o",
-        str(program), str(library.path), f"-Wl,-rpath,{library.path.parent}",
+        compiler("gcc" if source.suffix == ".c" else "g++"), *WARNINGS, *flags, f"-I{INCLUDE}", str(source),
+        "-o", str(program), str(library.path), f"-Wl,-rpath,{library.path.parent}",
     ]  # fmt: skip
     subprocess.run(command, check=True)
     return program
@@ -119,7 +127,9 @@ def test_the_cpp_header_without_exceptions(library: Library, toy: Path, tmp_path
     run(compile_and_link(tmp_path / "plain.cpp", library, "-std=c++17", "-fno-exceptions", "-fno-rtti"), toy)
 
 
-def test_the_cpp_header_passes_exceptions_of_callbacks_on(library: Library, toy: Path, tmp_path: Path) -> None:
+def test_the_cpp_header_passes_exceptions_of_callbacks_on(
+    library: Library, toy: Path, tmp_path: Path
+) -> None:
     (tmp_path / "throws.cpp").write_text(
         """
         #include <hywu/hywu.hpp>

@@ -49,7 +49,18 @@ def test_hywu_edit_writes_the_picture_of_hywu_edit(tool: Any, demo_bundle: Path,
     ]  # fmt: skip
     ours, theirs = tmp_path / "cpp.png", tmp_path / "python.png"
     deltas, other = tmp_path / "cpp.safetensors", tmp_path / "python.safetensors"
-    result = tool("hywu-edit", demo_bundle, PHOTO, "make it sepia", *flags, "--out", ours, "--save-deltas", deltas, "--json")
+    result = tool(
+        "hywu-edit",
+        demo_bundle,
+        PHOTO,
+        "make it sepia",
+        *flags,
+        "--out",
+        ours,
+        "--save-deltas",
+        deltas,
+        "--json",
+    )
     python(demo_bundle, PHOTO, "make it sepia", *flags, "--out", theirs, "--save-deltas", other)
     np.testing.assert_array_equal(pixels(ours), pixels(theirs))
     assert deltas.read_bytes() == other.read_bytes()
@@ -58,7 +69,18 @@ def test_hywu_edit_writes_the_picture_of_hywu_edit(tool: Any, demo_bundle: Path,
     assert report["seconds"].keys() == {"total", "load", "graphs", "steps"}
     assert (report["width"], report["height"], len(report["seconds"]["steps"])) == (64, 64, 3)
     again = tmp_path / "again.png"
-    tool("hywu-edit", demo_bundle, PHOTO, "make it sepia", *flags, "--out", again, "--deltas", other, "--low-memory")
+    tool(
+        "hywu-edit",
+        demo_bundle,
+        PHOTO,
+        "make it sepia",
+        *flags,
+        "--out",
+        again,
+        "--deltas",
+        other,
+        "--low-memory",
+    )
     np.testing.assert_array_equal(pixels(again), pixels(ours))
 
 
@@ -104,7 +126,20 @@ def test_help_and_version(tool: Any) -> None:
 
 def test_hywu_bench(tool: Any, demo_bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    result = tool("hywu-bench", demo_bundle, *SMALL, "--runs", 3, "--warm-up", 1, "--threads", 2, "--json", "--out", file)
+    result = tool(
+        "hywu-bench",
+        demo_bundle,
+        *SMALL,
+        "--runs",
+        3,
+        "--warm-up",
+        1,
+        "--threads",
+        2,
+        "--json",
+        "--out",
+        file,
+    )
     report = json.loads(result.stdout)
     assert json.loads(file.read_text()) == report
     assert report["schema"] == "hywu.bench/1"
