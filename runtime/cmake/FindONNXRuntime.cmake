@@ -19,5 +19,5 @@ mark_as_advanced(ONNXRuntime_INCLUDE_DIR)
 if(ONNXRuntime_FOUND AND NOT TARGET ONNXRuntime::headers)
   add_library(ONNXRuntime::headers INTERFACE IMPORTED)
   set_target_properties(ONNXRuntime::headers PROPERTIES
-    INTERFACE_SYSTEM_INCLUDE_DIRECTORIES ${ONNXRuntime_INCLUDE_DIR})
+    INTERFACE_INCLUDE_DIRECTORIES ${ONNXRuntime_INCLUDE_DIR})
 endif()

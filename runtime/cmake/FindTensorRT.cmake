@@ -61,7 +61,7 @@ foreach(which IN ITEMS TensorRT TensorRT_RTX)
   elseif(${which}_VERSION AND CUDA_INCLUDE_DIR AND NOT TARGET ${target})
     add_library(${target} INTERFACE IMPORTED)
     set_target_properties(${target} PROPERTIES
-      INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${${which}_INCLUDE_DIR};${CUDA_INCLUDE_DIR}")
+      INTERFACE_INCLUDE_DIRECTORIES "${${which}_INCLUDE_DIR};${CUDA_INCLUDE_DIR}")
     message(STATUS "${which} ${${which}_VERSION}: ${${which}_INCLUDE_DIR}")
   endif()
 endforeach()

@@ -25,9 +25,11 @@ struct Entry {
     std::string name;
     std::function<std::optional<std::string>()> missing;  // why it cannot be used here; nothing if it can
     std::function<std::unique_ptr<Backend>(const Options&)> create;
+    std::function<std::string()> version;  // of the backend's library, if it can be used; may be empty
 };
 
-// All backends, best first: tensorrt, tensorrt-rtx, ort-cuda, ort-cpu. Those that this library was built without say so.
+// All backends, best first: tensorrt, tensorrt-rtx, ort-cuda, ort-cpu. Those that this library was built
+// without say so.
 const std::vector<Entry>& entries();
 
 // The backend's entry; for `auto` the best that can be used. Throws Error(input) for an unknown name,

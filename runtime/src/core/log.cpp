@@ -32,9 +32,16 @@ bool logs(LogLevel level) noexcept { return level >= state().level.load(std::mem
 
 void log(LogLevel level, const std::string& message) {
     if (!logs(level)) return;
+    static thread_local bool inside = false;  // what a sink itself makes the library say is not heard
+    if (inside) return;
     State& s = state();
     const std::lock_guard lock(s.mutex);
-    if (s.sink && level >= s.level) s.sink(level, message);
+    if (!s.sink || level < s.level) return;
+    struct Inside {
+        Inside() { inside = true; }
+        ~Inside() { inside = false; }
+    } const guard;
+    s.sink(level, message);
 }
 
 }  // namespace hywu::core

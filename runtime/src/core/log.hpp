@@ -16,7 +16,7 @@ using LogSink = std::function<void(LogLevel, const std::string& message)>;
 void set_log_sink(LogSink sink, LogLevel level);
 
 // Gives a message, one line of UTF-8, to the sink, in the calling thread and one at a time. What the sink
-// throws is passed on.
+// throws is passed on; messages that arise within a sink are dropped.
 void log(LogLevel level, const std::string& message);
 
 // Whether a message of this level would be heard: where it takes work to write it.
