@@ -7,6 +7,8 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <string>
+#include <system_error>
 
 #include "core/error.hpp"
 
@@ -14,19 +16,27 @@ namespace {
 
 using namespace hywu::core;
 
-const std::filesystem::path& folder() {
-    static const std::filesystem::path path = [] {
-        // In memory where that is possible.
-        const std::filesystem::path shared = "/dev/shm";
-        std::string name =
-            (std::filesystem::exists(shared) ? shared : std::filesystem::temp_directory_path()) /
-            "hywu_fuzz_XXXXXX";
-        if (!mkdtemp(name.data())) std::abort();
-        std::atexit([] { std::filesystem::remove_all(folder()); });
-        return std::filesystem::path(name);
-    }();
-    return path;
-}
+// A folder in memory where that is possible, gone after the input.
+class Folder {
+public:
+    Folder() {
+        static const bool shared = std::filesystem::exists("/dev/shm");
+        path_ = shared ? "/dev/shm/hywu_fuzz_XXXXXX"
+                       : std::filesystem::temp_directory_path() / "hywu_fuzz_XXXXXX";
+        if (!mkdtemp(path_.data())) std::abort();
+    }
+    Folder(const Folder&) = delete;
+    Folder& operator=(const Folder&) = delete;
+    ~Folder() {
+        std::error_code ignored;
+        std::filesystem::remove_all(path_, ignored);
+    }
+
+    std::filesystem::path path(const char* name) const { return std::filesystem::path(path_) / name; }
+
+private:
+    std::string path_;
+};
 
 DeltaSpec spec_of(const Deltas& deltas) {
     DeltaSpec spec;
@@ -41,7 +51,8 @@ DeltaSpec spec_of(const Deltas& deltas) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-    const auto path = folder() / "in", out = folder() / "out";
+    const Folder folder;
+    const auto path = folder.path("in"), out = folder.path("out");
     std::ofstream(path, std::ios::binary | std::ios::trunc)
         .write(reinterpret_cast<const char*>(data), static_cast<std::streamsize>(size));
     Deltas deltas;

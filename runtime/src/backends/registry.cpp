@@ -24,7 +24,7 @@ constexpr std::array<std::string_view, 4> order = {"tensorrt", "tensorrt-rtx", "
 
 std::vector<Entry> all_entries() {
     std::vector<Entry> built;
-    const auto add = [&](std::vector<Entry> more) {
+    [[maybe_unused]] const auto add = [&](std::vector<Entry> more) {
         for (Entry& entry : more) built.push_back(std::move(entry));
     };
 #if defined(HYWU_HAVE_ONNXRUNTIME)

@@ -105,6 +105,7 @@ struct Word {
     using type = typename List::type;
     static std::string what() {
         std::vector<std::string> words;
+        words.reserve(List::all.size());
         for (const auto& [word, value] : List::all) words.emplace_back(word);
         return "one of " + join(words, ", ");
     }
