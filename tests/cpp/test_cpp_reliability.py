@@ -1,6 +1,6 @@
 """Resident memory over many edits, and what editors of one bundle share of it.
 
-``python tests/cpp/test_cpp_reliability.py curve LIBRARY BUNDLE EDITS`` prints the curve of docs/reliability.md.
+``python tests/cpp/test_cpp_reliability.py curve LIBRARY BUNDLE EDITS``: the curve of docs/reliability.md.
 """
 
 from __future__ import annotations
