@@ -40,9 +40,12 @@ public:
     }
     // `bytes` of memory, exactly.
     std::uint8_t* memory(std::size_t bytes) {
-        blocks_.emplace_back(bytes);
-        const std::size_t given = data_.ConsumeData(blocks_.back().data(), std::min<std::size_t>(bytes, 64));
-        for (std::size_t i = given; i < bytes; ++i) blocks_.back()[i] = static_cast<std::uint8_t>(i * 37);
+        blocks_.emplace_back(std::max<std::size_t>(bytes, 1));
+        std::vector<std::uint8_t>& block = blocks_.back();
+        const std::vector<std::uint8_t> given =
+            data_.ConsumeBytes<std::uint8_t>(std::min<std::size_t>(bytes, 64));
+        std::copy(given.begin(), given.end(), block.begin());
+        for (std::size_t i = given.size(); i < bytes; ++i) block[i] = static_cast<std::uint8_t>(i * 37);
         return blocks_.back().data();
     }
     hywu_pixels pixels() {

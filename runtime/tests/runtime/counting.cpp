@@ -9,18 +9,23 @@ thread_local bool counting = false, armed = false, fired = false;
 thread_local std::size_t counted = 0, left = 0;
 thread_local int excluded = 0;
 
-void* take(std::size_t size, std::size_t alignment) {
+// Memory, or null.
+void* take_or_null(std::size_t size, std::size_t alignment) noexcept {
     if (excluded == 0) {
         if (counting) ++counted;
         if (armed && --left == 0) {
             armed = false;
             fired = true;
-            throw std::bad_alloc();
+            return nullptr;
         }
     }
-    void* memory = alignment > alignof(std::max_align_t)
-                       ? std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment)
-                       : std::malloc(size != 0 ? size : 1);
+    return alignment > alignof(std::max_align_t)
+               ? std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment)
+               : std::malloc(size != 0 ? size : 1);
+}
+
+void* take(std::size_t size, std::size_t alignment) {
+    void* const memory = take_or_null(size, alignment);
     if (memory == nullptr) throw std::bad_alloc();
     return memory;
 }
@@ -35,6 +40,10 @@ void* operator new(std::size_t size, std::align_val_t alignment) {
 void* operator new[](std::size_t size, std::align_val_t alignment) {
     return take(size, static_cast<std::size_t>(alignment));
 }
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return take_or_null(size, 0); }
+void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return take_or_null(size, 0); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete[](void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
