@@ -57,7 +57,8 @@ public:
         const std::int64_t row = std::max<std::int64_t>(3 * std::int64_t{result.width}, 1);
         const std::size_t stride = result.stride != 0 ? result.stride : static_cast<std::size_t>(row);
         const std::int64_t height = std::max(result.height, 1);
-        if (stride > most_bytes || static_cast<std::size_t>(height) * stride > most_bytes) {
+        if (row > std::int64_t{most_bytes} || stride > most_bytes ||
+            static_cast<std::size_t>(height) * stride > most_bytes) {
             // Such a picture is not in memory: it may be refused for its size alone.
             if (result.width > 0 && result.height > 0) result.width = 0;
             result.data = memory(1);

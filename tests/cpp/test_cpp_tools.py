@@ -33,7 +33,7 @@ def tool(executable: Callable[[str], Path], onnxruntime_library: Path) -> Callab
 
 
 def python(*arguments: object) -> None:
-    command = [sys.executable, "-m", "hywu_export.cli", "edit", *map(str, arguments)]
+    command = [Path(sys.executable).parent / "hywu", "edit", *map(str, arguments)]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
 
 
@@ -101,7 +101,8 @@ def test_hywu_edit_refuses_bad_input_with_code_2(tool: Any, toy: Path, tmp_path:
     assert "--size" in refused(toy, PHOTO, "x", "--size", "64x", *out)
     assert "given twice" in refused(toy, PHOTO, "x", "--steps", 1, "--steps", 2)
     assert "no known picture suffix" in refused(toy, PHOTO, "x", "--out", tmp_path / "x.txt")
-    assert "is a directory" in refused(toy, PHOTO, "x", "--out", tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    assert "is a directory" in refused(toy, PHOTO, "x", "--out", tmp_path / "folder.png")
     assert "there is no folder" in refused(toy, PHOTO, "x", "--out", tmp_path / "none" / "x.png")
     assert "is also" in refused(toy, tmp_path / "x.png", "x", *out)
     assert "No bundle can be read" in refused(tmp_path, PHOTO, "x", *out)
