@@ -28,7 +28,8 @@ using backends::TensorMap;
 // graph's and the output's name and on its own place.
 inline void fake_graph(const std::string& file, const std::map<std::string, std::vector<double>>& inputs,
                        const std::string& output, std::vector<double>& values) {
-    double mixed = 0.1 * static_cast<double>(file.size()) + 0.01 * static_cast<double>(output.size()), place = 0;
+    double mixed = 0.1 * static_cast<double>(file.size()) + 0.01 * static_cast<double>(output.size()),
+           place = 0;
     for (const auto& [port, elements] : inputs) {
         place += 0.1 * static_cast<double>(port.size());
         for (const double element : elements) mixed += std::sin(1.7 * element + (place += 1));
@@ -61,8 +62,8 @@ class FakeTensor;
 
 // What one fake backend, or several, saw.
 struct FakeLog {
-    std::atomic<int> loads{0}, sessions{0}, tensors{0}, runs{0};
-    int operations = 0, fail_at = -1;     // the number of the operation that fails
+    std::atomic<int> loads{0}, sessions{0}, tensors{0}, runs{0}, operations{0};
+    int fail_at = -1;                     // the number of the operation that fails
     std::vector<std::string> ran;         // files, in order; kept only if `record`
     bool record = false, poison = false;  // `poison`: a generated delta is not a number
     std::set<FakeTensor*> alive;          // for backends of one thread
@@ -84,7 +85,7 @@ public:
     }
     ~FakeTensor() override {
         --log_->tensors;
-        log_->alive.erase(this);
+        if (log_->record) log_->alive.erase(this);
     }
     void write(const void* data, std::size_t size) override {
         log_->operation("write");
