@@ -1,6 +1,7 @@
 #include <cstddef>
 #include <cstdio>
 
+#include <jerror.h>
 #include <jpeglib.h>
 
 #include <array>
@@ -20,9 +21,9 @@ namespace {
     static_cast<Guard*>(codec->client_data)->fail(message.data());
 }
 
-// Damaged data is an error, as in Pillow; other warnings are not.
+// Only the end that comes too early counts: cameras leave bytes between markers, and Pillow too takes the rest.
 void warn(j_common_ptr codec, int level) {
-    if (level < 0) ++codec->err->num_warnings;
+    if (level < 0 && codec->err->msg_code == JWRN_JPEG_EOF) ++codec->err->num_warnings;
 }
 void ignore(j_common_ptr /*codec*/) {}
 
@@ -142,7 +143,7 @@ Decoded decode_jpeg(std::string_view bytes, const Limits& limits) {
         JSAMPROW target = cmyk.empty() ? row : cmyk.data();
         protect(guard, [&] { jpeg_read_scanlines(&codec, &target, 1); });
         if (!cmyk.empty()) to_rgb(cmyk.data(), width, row);
-        if (decompress.errors.num_warnings > 0) throw CodecError("its data is damaged or cut off");
+        if (decompress.errors.num_warnings > 0) throw CodecError("it is cut off");
     }
     protect(guard, [&] { jpeg_finish_decompress(&codec); });
     return result;

@@ -291,6 +291,31 @@ def test_damaged_files_are_errors_and_never_crashes(tmp_path: Path, suffix: str)
         assert "photograph" in message
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_damaged_jpegs_that_pillow_reads_are_read_alike(tmp_path: Path, progressive: bool) -> None:
+    """Cameras leave bytes between markers; a changed byte spoils pixels, the same ones."""
+    buffer = io.BytesIO()
+    Image.fromarray(noise(12, 16)).resize((90, 60)).save(buffer, "JPEG", progressive=progressive)
+    data = buffer.getvalue()
+    files = [data[:-2] + b"\0\0\0" + data[-2:], data + b"more"]
+    rng = np.random.default_rng(0)
+    for at in rng.integers(20, len(data), 40):
+        files.append(data[:at] + rng.bytes(1) + data[at + 1 :])
+    path = tmp_path / "a.jpg"
+    equal = 0
+    for content in files:
+        path.write_bytes(content)
+        try:
+            expected = load_photo(path)
+        except InputError:
+            with pytest.raises(InputError):
+                read(path)
+        else:
+            same_decoder(read(path), expected)
+            equal += 1
+    assert equal >= 20
+
+
 def test_bombs_and_missing_files(tmp_path: Path) -> None:
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     path = tmp_path / "a.png"
