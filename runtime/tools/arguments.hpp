@@ -127,15 +127,18 @@ public:
     std::optional<std::pair<std::int32_t, std::int32_t>> size(const std::string& name) const {
         const std::optional<std::string> given = text(name);
         if (!given) return std::nullopt;
-        int width = 0, height = 0, used = 0;
-        const int found =
-            std::sscanf(given->c_str(), "%6d%n x %n%6d%n", &width, &used, &used, &height, &used);
-        if (found == 1 && static_cast<std::size_t>(used) == given->size()) height = width;
-        if (found < 1 || static_cast<std::size_t>(used) != given->size() || width < 1 || height < 1) {
+        const std::size_t cross = given->find('x');
+        const std::string first = given->substr(0, cross);
+        const std::string second = cross == std::string::npos ? first : given->substr(cross + 1);
+        const auto sound = [](const std::string& side) {
+            return !side.empty() && side.size() <= 6 &&
+                   side.find_first_not_of("0123456789") == std::string::npos;
+        };
+        if (!sound(first) || !sound(second)) {
             throw bad_argument(name + " is \"" + *given + "\"", "Expected WIDTHxHEIGHT in pixels",
                                "Correct it");
         }
-        return std::make_pair(width, height);
+        return std::make_pair(std::stoi(first), std::stoi(second));
     }
     // ID=DIR, repeated.
     std::map<std::string, std::filesystem::path> sources(const std::string& name) const {

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <tuple>
 
 #include "arguments.hpp"
 #include "hywu/hywu.hpp"
@@ -139,8 +140,7 @@ int edit(int count, char** values) {
     interrupt = cancel.get();
     std::signal(SIGINT, on_interrupt);
     request.cancel = &cancel;
-    const hywu::tools::Photo photo =
-        hywu::tools::load_photo(photo_path, editor, {request.width, request.height});
+    const hywu::tools::Image photo = hywu::tools::load_photo(photo_path, editor, request);
     const hywu::Sample sample = {{photo.pixels.data(), photo.width, photo.height},
                                  prompt,
                                  arguments.text("--negative-prompt").value_or("")};

@@ -14,7 +14,8 @@ Array = npt.NDArray[Any]
 
 UINT8, INT32, INT64, FLOAT16, FLOAT32, BFLOAT16, FLOAT64 = range(1, 8)
 _DTYPES = {
-    "uint8": UINT8, "int32": INT32, "int64": INT64, "float16": FLOAT16, "float32": FLOAT32, "float64": FLOAT64,
+    "uint8": UINT8, "int32": INT32, "int64": INT64,
+    "float16": FLOAT16, "float32": FLOAT32, "float64": FLOAT64,
 }  # fmt: skip
 STATUS = {
     0: "OK", -1: "BUNDLE", -2: "CHECKPOINT", -3: "UNSUPPORTED", -4: "DELTA", -5: "ENGINE", -6: "DEVICE",
@@ -79,14 +80,18 @@ class GenerateParams(ctypes.Structure):
 class Limits(ctypes.Structure):
     _fields_ = [
         ("struct_size", _SZ), ("batch_min", _I32), ("batch_max", _I32), ("has_size", _I32),
-        ("size_multiple", _I32), ("size_min", _I32), ("size_max", _I32), ("size_default_area", ctypes.c_int64),
+        ("size_multiple", _I32), ("size_min", _I32), ("size_max", _I32),
+        ("size_default_area", ctypes.c_int64),
         ("rank", _I32), ("edits", _I32), ("generates", _I32), ("default_steps", _I32),
         ("sampler_count", _SZ), ("guidance_count", _SZ),
     ]  # fmt: skip
 
 
 class Memory(ctypes.Structure):
-    _fields_ = [("struct_size", _SZ), *((n, ctypes.c_uint64) for n in ("buffers", "constants", "graphs", "shared"))]
+    _fields_ = [
+        ("struct_size", _SZ),
+        *((n, ctypes.c_uint64) for n in ("buffers", "constants", "graphs", "shared")),
+    ]
 
 
 class Timings(ctypes.Structure):
@@ -112,8 +117,10 @@ class Library:
     def __init__(self, path: Path):
         self.path = path
         self.lib = lib = ctypes.CDLL(str(path))
-        texts = ("version_string", "status_name", "last_error", "last_error_part", "backend", "backend_missing",
-                 "bundle_name", "bundle_variant", "editor_backend", "editor_sampler", "editor_guidance")  # fmt: skip
+        texts = (
+            "version_string", "status_name", "last_error", "last_error_part", "backend", "backend_missing",
+            "bundle_name", "bundle_variant", "editor_backend", "editor_sampler", "editor_guidance",
+        )  # fmt: skip
         for name in texts:
             getattr(lib, f"hywu_{name}").restype = _S
         for name in ("images_count", "deltas_count"):
@@ -200,7 +207,9 @@ class Deltas(Handle):
     @classmethod
     def stack(cls, library: Library, sets: Sequence[Deltas]) -> Deltas:
         made = cls(library)
-        library.check("deltas_stack", (_P * len(sets))(*[s.pointer for s in sets]), _SZ(len(sets)), made.out())
+        library.check(
+            "deltas_stack", (_P * len(sets))(*[s.pointer for s in sets]), _SZ(len(sets)), made.out()
+        )
         return made
 
     def select(self, sample: int) -> Deltas:
@@ -223,7 +232,8 @@ class Deltas(Handle):
 
 
 def pixels_of(photo: Array) -> Pixels:
-    assert photo.dtype == np.uint8 and photo.flags.c_contiguous
+    assert photo.dtype == np.uint8
+    assert photo.flags.c_contiguous
     return Pixels(photo.ctypes.data, photo.shape[1], photo.shape[0], 0)
 
 
@@ -367,7 +377,9 @@ class Editor(Handle):
         graphs, steps = {}, []
         name, seconds = _S(), ctypes.c_double()
         for i in range(totals.graph_count):
-            self.library.check("editor_graph_time", self.pointer, _SZ(i), ctypes.byref(name), ctypes.byref(seconds))
+            self.library.check(
+                "editor_graph_time", self.pointer, _SZ(i), ctypes.byref(name), ctypes.byref(seconds)
+            )
             assert name.value is not None
             graphs[name.value.decode()] = seconds.value
         for i in range(totals.step_count):
