@@ -188,6 +188,8 @@ HYWU_API const char* hywu_bundle_variant(const hywu_bundle* bundle, size_t index
 HYWU_API const char* hywu_backend(size_t index);
 /* Why a backend cannot be used here, or NULL if it can; valid until this thread asks again. */
 HYWU_API const char* hywu_backend_missing(const char* name);
+/* The version of the library behind a backend, or NULL if it cannot be used; valid until this thread asks again. */
+HYWU_API const char* hywu_backend_version(const char* name);
 
 typedef struct hywu_editor_params {
     size_t struct_size;

@@ -726,6 +726,12 @@ inline std::vector<std::pair<std::string, std::string>> backends() {
     return result;
 }
 
+// The version of the library behind a backend; empty if it cannot be used.
+inline std::string backend_version(const std::string& backend) {
+    const char* const text = hywu_backend_version(backend.c_str());
+    return text != nullptr ? text : "";
+}
+
 inline std::string version() { return hywu_version_string(); }
 
 }  // namespace hywu

@@ -307,7 +307,8 @@ runtime::SharedBundle open_bundle(const char* path, const hywu_bundle_params* gi
         need(params.source_directories[i], entry("source_directories", i).c_str());
         options.sources[params.source_ids[i]] = core::path_of(params.source_directories[i]);
     }
-    return {std::make_shared<const core::Bundle>(core::Bundle::open(core::path_of(path), options)), {}};
+    return {std::make_shared<const core::Bundle>(core::Bundle::open(core::path_of(path), options)),
+            std::make_shared<runtime::SessionPool>()};
 }
 
 std::unique_ptr<hywu_editor> make_editor(runtime::SharedBundle shared, const hywu_editor_params* given) {
@@ -451,6 +452,19 @@ const char* hywu_backend_missing(const char* name) {
         }
         text = reason.value_or("");
         result = reason ? text.c_str() : nullptr;
+    });
+    return result;
+}
+
+const char* hywu_backend_version(const char* name) {
+    static thread_local std::string text;
+    const char* result = nullptr;
+    guard([&] {
+        for (const backends::Entry& entry : backends::entries()) {
+            if (name == nullptr || entry.name != name || entry.missing()) continue;
+            text = entry.version ? entry.version() : "";
+            result = text.c_str();
+        }
     });
     return result;
 }

@@ -24,7 +24,7 @@ constexpr std::array<std::string_view, 4> order = {"tensorrt", "tensorrt-rtx", "
 
 std::vector<Entry> all_entries() {
     std::vector<Entry> built;
-    const auto add = [&](std::vector<Entry> more) {
+    [[maybe_unused]] const auto add = [&](std::vector<Entry> more) {
         for (Entry& entry : more) built.push_back(std::move(entry));
     };
 #if defined(HYWU_HAVE_ONNXRUNTIME)
@@ -40,8 +40,8 @@ std::vector<Entry> all_entries() {
         if (found != built.end()) {
             result.push_back(std::move(*found));
         } else {
-            result.push_back({std::string(name),
-                              [] { return std::string("this library was built without it"); }, nullptr});
+            result.push_back({std::string(name), [] { return std::string("this library was built without it"); },
+                              nullptr, nullptr});
         }
     }
     return result;

@@ -25,6 +25,7 @@ struct Entry {
     std::string name;
     std::function<std::optional<std::string>()> missing;  // why it cannot be used here; nothing if it can
     std::function<std::unique_ptr<Backend>(const Options&)> create;
+    std::function<std::string()> version = {};  // of the backend's library, if it can be used; may be empty
 };
 
 // All backends, best first: tensorrt, tensorrt-rtx, ort-cuda, ort-cpu. Those that this library was built

@@ -82,7 +82,7 @@ struct Boolean {
     }
 };
 
-// `Base`, narrowed: `Rule` has `what()` and `test(value)`, and `written(value)` for the message.
+// `Base`, narrowed: `Rule` has `what()` and `test(value)`.
 template <class Base, class Rule>
 struct Narrowed {
     using type = typename Base::type;
@@ -90,11 +90,12 @@ struct Narrowed {
     static bool fits(const Json& value) { return Base::fits(value); }
     static type decode(const Json& value, const std::string& where) {
         type result = Base::decode(value, where);
-        check(result, where);
+        if (!Rule::test(result)) refuse(value, where, what());
         return result;
     }
-    static void check(const type& value, const std::string& where) {
-        if (!Rule::test(value)) throw malformed(where, "is " + Rule::written(value), what());
+    // The same of a key.
+    static void check(const std::string& key, const std::string& where) {
+        if (!Rule::test(key)) throw malformed(where, "is " + core::show(key), what());
     }
 };
 
@@ -104,6 +105,7 @@ struct Word {
     using type = typename List::type;
     static std::string what() {
         std::vector<std::string> words;
+        words.reserve(List::all.size());
         for (const auto& [word, value] : List::all) words.emplace_back(word);
         return "one of " + join(words, ", ");
     }
@@ -174,8 +176,9 @@ struct Table {
         type result;
         for (const auto& [key, entry] : *value.members()) {
             if (key.compare(0, 2, "x-") == 0) continue;
+            typename Kind::type decoded = Kind::decode(entry, at(where, key));
             Key::check(key, where + ": key");
-            result.add(key, Kind::decode(entry, at(where, key)));
+            result.add(key, std::move(decoded));
         }
         return result;
     }

@@ -101,7 +101,7 @@ void convert_each(const Array& array, float* out, Convert convert) {
 Array to_float32(Array array) {
     if (array.dtype() == Dtype::float32) return array;
     Array result(Dtype::float32, array.shape());
-    float* out = result.as<float>();
+    auto* out = result.as<float>();
     if (array.dtype() == Dtype::float16) {
         convert_each<std::uint16_t>(array, out, from_half);
     } else if (array.dtype() == Dtype::bfloat16) {  // the upper half of a float32
@@ -203,13 +203,14 @@ bool alike(const Shape& a, const Shape& b, std::initializer_list<std::size_t> ex
 
 Error unequal_shapes(const std::string& name, const std::vector<const Deltas*>& sets) {
     std::vector<std::string> shapes;
+    shapes.reserve(sets.size());
     for (const Deltas* set : sets) shapes.push_back(repr(set->find(name)->shape()));
     return shape_error(name, "[" + join(shapes, ", ") + "]", "equal shapes but for the rank");
 }
 
 }  // namespace
 
-Deltas::Deltas(std::map<std::string, Array> tensors) {
+Deltas::Deltas(std::map<std::string, Array>&& tensors) {
     for (auto& [name, array] : tensors) {
         check_tensor(name, array.dtype(), array.shape());
         tensors_.emplace(name, std::make_shared<const Array>(to_float32(std::move(array))));
@@ -352,7 +353,7 @@ Deltas Deltas::stack(const std::vector<const Deltas*>& sets) {
             shape[axis] = std::max(shape[axis], part[axis]);
         }
         const auto whole = std::make_shared<Array>(Dtype::float32, shape);
-        float* out = whole->as<float>();
+        auto* out = whole->as<float>();
         for (const Deltas* set : sets) {
             const auto part = padded(set->tensors_.find(name)->second, axis, shape[axis]);
             out = std::copy_n(part->as<float>(), part->size(), out);
@@ -368,13 +369,15 @@ Deltas Deltas::select(std::int64_t sample) const {
                           "The set is for " + std::to_string(batch()), "Choose one of these");
     }
     Deltas result;
+    const std::int64_t samples = batch();
     for (const auto& [name, array] : tensors_) {
         if (array->shape()[0] == 1) {
             result.tensors_.emplace(name, array);
             continue;
         }
-        if (sample >= array->shape()[0])
+        if (array->shape()[0] != samples) {
             throw shape_error(name, repr(array->shape()), "one D for all tensors");
+        }
         Shape shape = array->shape();
         const std::size_t bytes = array->bytes() / static_cast<std::size_t>(shape[0]);
         shape[0] = 1;
@@ -404,7 +407,7 @@ void Deltas::check(const DeltaSpec& spec, std::optional<std::int64_t> batch) con
         if (!std::equal(array.shape().begin() + 1, array.shape().end(), wanted.begin(), wanted.end())) {
             throw shape_error(name, repr(array.shape()), "[D, " + repr(wanted).substr(1));
         }
-        const float* data = array.as<float>();
+        const auto* data = array.as<float>();
         if (!std::all_of(data, data + array.size(), [](float number) { return std::isfinite(number); })) {
             throw delta_error("Delta " + show(name, 200) + " has values that are not finite",
                               "Expected finite numbers", "Generate or convert the deltas again");

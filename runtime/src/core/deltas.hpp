@@ -30,7 +30,7 @@ public:
     // float16, bfloat16 and float64 are converted to float32.
     // Throws Error(delta): a name does not end in ".lora_A" or ".lora_B", or a tensor is not floating-point
     // with at least 3 axes, none empty.
-    explicit Deltas(std::map<std::string, Array> tensors);
+    explicit Deltas(std::map<std::string, Array>&& tensors);
 
     // Reads a delta file (safetensors; F32, F16, BF16 or F64). Throws Error(delta): not a readable delta
     // file.

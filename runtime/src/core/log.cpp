@@ -14,8 +14,7 @@ struct State {
 };
 
 State& state() {
-    static State* const instance =
-        new State;  // never destroyed: other threads may log while the process ends
+    static auto* const instance = new State;  // never destroyed: other threads may log while the process ends
     return *instance;
 }
 

@@ -16,18 +16,14 @@ namespace {
 
 // What a value must satisfy beyond its JSON type.
 
-struct TextRule {
-    static std::string written(const std::string& text) { return show(text); }
-};
-
-struct NameRule : TextRule {
+struct NameRule {
     static std::string what() { return "a name of 1 to 512 printable characters"; }
     static bool test(const std::string& text) {
         return !text.empty() && length(text) <= 512 && is_printable(text);
     }
 };
 
-struct PathRule : TextRule {
+struct PathRule {
     static std::string what() {
         return "a relative path with `/` between parts, without `..`, `.`, empty parts, drives or "
                "backslashes";
@@ -35,56 +31,32 @@ struct PathRule : TextRule {
     static bool test(const std::string& text) { return is_safe_path(text); }
 };
 
-struct DigestRule : TextRule {
+struct DigestRule {
     static std::string what() { return "64 lower-case hexadecimal digits"; }
     static bool test(const std::string& text) {
         return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string::npos;
     }
 };
 
-struct IntegerRule {
-    static std::string written(std::int64_t number) { return std::to_string(number); }
-};
-
-struct CountRule : IntegerRule {
+struct CountRule {
     static std::string what() { return "an integer of at least 0"; }
     static bool test(std::int64_t number) { return number >= 0; }
 };
 
 template <std::int64_t low, std::int64_t high>
-struct RangeRule : IntegerRule {
+struct RangeRule {
     static std::string what() {
         return "an integer from " + std::to_string(low) + " to " + std::to_string(high);
     }
     static bool test(std::int64_t number) { return low <= number && number <= high; }
 };
 
-struct TokenIdRule : IntegerRule {
+struct TokenIdRule {
     static std::string what() { return "a token id"; }
     static bool test(std::int64_t number) { return 0 <= number && number <= max_dimension; }
 };
 
-// Arrays appear in messages as Python writes tuples.
-std::string written_item(std::int64_t number) { return std::to_string(number); }
-std::string written_item(const Dim& dim) {
-    return dim.symbolic() ? show(dim.axis, 4096) : std::to_string(dim.size);
-}
-std::string written_item(const std::string& text) { return show(text, 4096); }
-
-struct TupleRule {
-    template <class Item>
-    static std::string written(const std::vector<Item>& items) {
-        std::string text = "(";
-        for (const Item& item : items) {
-            if (text.size() > 60) break;  // the rest would be cut off
-            if (text.size() > 1) text += ", ";
-            text += written_item(item);
-        }
-        return shorten(text + (items.size() == 1 ? ",)" : ")"), 60);
-    }
-};
-
-struct RankRule : TupleRule {
+struct RankRule {
     static std::string what() { return "at most 8 dimensions"; }
     template <class Item>
     static bool test(const std::vector<Item>& items) {
@@ -92,26 +64,26 @@ struct RankRule : TupleRule {
     }
 };
 
-struct TwoRule : TupleRule {
+struct TwoRule {
     static std::string what() { return "two integers"; }
     static bool test(const std::vector<std::int64_t>& items) { return items.size() == 2; }
 };
 
-struct StepsRule : TupleRule {
+struct StepsRule {
     static std::string what() { return "two integers, smallest first"; }
     static bool test(const std::vector<std::int64_t>& items) {
         return items.size() == 2 && items[0] <= items[1];
     }
 };
 
-struct ThreeRule : TupleRule {
+struct ThreeRule {
     static std::string what() { return "three integers: smallest, best, largest"; }
     static bool test(const std::vector<std::int64_t>& items) {
         return items.size() == 3 && items[0] <= items[1] && items[1] <= items[2];
     }
 };
 
-struct CapabilityRule : TextRule {
+struct CapabilityRule {
     static std::string what() { return R"(a compute capability as "8.6")"; }
     // [1-9][0-9]?[.][0-9]
     static bool test(const std::string& text) {
@@ -122,7 +94,7 @@ struct CapabilityRule : TextRule {
     }
 };
 
-struct SomeCapabilitiesRule : TupleRule {
+struct SomeCapabilitiesRule {
     static std::string what() { return "at least one compute capability"; }
     static bool test(const std::vector<std::string>& items) { return !items.empty(); }
 };
@@ -540,12 +512,13 @@ std::optional<std::string> Manifest::stale(std::string_view engine) const {
 Manifest Manifest::read(const std::filesystem::path& path) {
     std::string reason;
     std::string text;
+    std::filesystem::path file = path;
     try {
         if (path.native().find(std::filesystem::path::value_type{}) !=
             std::filesystem::path::string_type::npos) {
             throw std::runtime_error("embedded null byte");
         }
-        const auto file = std::filesystem::is_directory(path) ? path / manifest_file_name : path;
+        if (std::filesystem::is_directory(path)) file /= manifest_file_name;
         if (std::filesystem::exists(file) && !std::filesystem::is_regular_file(file)) {
             throw std::runtime_error("not a file");
         }
@@ -556,7 +529,7 @@ Manifest Manifest::read(const std::filesystem::path& path) {
         reason = error.what();
     }
     if (!reason.empty()) {
-        throw Error(ErrorKind::bundle, "No bundle can be read at " + show(display(path), 300) + ": " + reason,
+        throw Error(ErrorKind::bundle, "No bundle can be read at " + show(display(file), 300) + ": " + reason,
                     "Expected a directory with a " + std::string(manifest_file_name),
                     "Check the path, or make a bundle with `hywu export`");
     }

@@ -176,16 +176,16 @@ Array SafetensorsFile::read(const StoredTensor& tensor, Dtype dtype) const {
 
 std::string safetensors_header(const std::map<std::string, std::string>& metadata,
                                const std::map<std::string, const Array*>& tensors) {
-    nlohmann::ordered_json header = {{"__metadata__", metadata}};
+    std::string text = "{\"__metadata__\":" + nlohmann::json(metadata).dump();
     std::uint64_t offset = 0;
     for (const auto& [name, array] : tensors) {
-        header.push_back({name,
-                          {{"dtype", "F32"},
-                           {"shape", array->shape()},
-                           {"data_offsets", {offset, offset + array->bytes()}}}});
-        offset += array->bytes();
+        const std::uint64_t end = offset + array->bytes();
+        text += "," + nlohmann::json(name).dump() + R"(:{"dtype":"F32","shape":)" +
+                nlohmann::json(array->shape()).dump() + R"(,"data_offsets":[)" + std::to_string(offset) +
+                "," + std::to_string(end) + "]}";
+        offset = end;
     }
-    std::string text = header.dump();
+    text += "}";
     text.resize((text.size() + 7) / 8 * 8, ' ');
     std::string prefix;
     for (int shift = 0; shift < 64; shift += 8) {

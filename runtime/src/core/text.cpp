@@ -5,7 +5,6 @@
 #include <array>
 #include <charconv>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 
 #include "core/error.hpp"
@@ -36,10 +35,10 @@ bool is_printable(char32_t c) {
 }
 
 void append_escape(std::string& text, char32_t c) {
-    std::array<char, 12> buffer{};
-    const char* format = c < 0x100 ? "\\x%02x" : c < 0x10000 ? "\\u%04x" : "\\U%08x";
-    std::snprintf(buffer.data(), buffer.size(), format, static_cast<unsigned>(c));
-    text += buffer.data();
+    const int digits = c < 0x100 ? 2 : c < 0x10000 ? 4 : 8;
+    text += '\\';
+    text += digits == 2 ? 'x' : digits == 4 ? 'u' : 'U';
+    for (int shift = 4 * digits - 4; shift >= 0; shift -= 4) text += "0123456789abcdef"[c >> shift & 15];
 }
 
 // Stops early once more than `limit` characters are written.
@@ -172,14 +171,17 @@ std::string repr(double number) {
         text.remove_prefix(1);
     }
     const std::size_t split = text.find('e');
-    const int exponent = std::atoi(std::string(text.substr(split + 1)).c_str());
+    const bool small = text[split + 1] == '-';
+    int exponent = 0;
+    std::from_chars(text.data() + split + 2, end.ptr, exponent);
+    if (small) exponent = -exponent;
     std::string digits(1, text[0]);
     if (split > 2) digits += text.substr(2, split - 2);
     if (exponent < -4 || exponent >= 16) {
         result += digits.substr(0, 1);
         if (digits.size() > 1) result += "." + digits.substr(1);
-        std::snprintf(buffer.data(), buffer.size(), "e%+03d", exponent);
-        return result + buffer.data();
+        const std::string size = std::to_string(std::abs(exponent));
+        return result + (small ? "e-" : "e+") + (size.size() < 2 ? "0" : "") + size;
     }
     if (exponent < 0)
         return result + "0." + std::string(static_cast<std::size_t>(-exponent - 1), '0') + digits;

@@ -342,6 +342,7 @@ void Validator::source(const std::string& where, const ProvidedTensor& tensor) c
     const auto fixed = [&](const std::vector<Dtype>& dtypes, const std::optional<Dims>& wanted = {}) {
         if (std::find(dtypes.begin(), dtypes.end(), tensor.dtype) == dtypes.end()) {
             std::vector<std::string> names;
+            names.reserve(dtypes.size());
             for (const Dtype dtype : dtypes) names.emplace_back(name(dtype));
             throw malformed(where + ".dtype", "is " + str(name(tensor.dtype)),
                             join(names, " or ") + " with source " + str(name(tensor.source)));
@@ -477,10 +478,9 @@ void Validator::program() {
             if (mapping.empty()) return;
             Names names;
             for (const Value& value : values) names.insert(value.name);
-            for (const auto& [port, tensor] : mapping) {
-                known(where + "." + label, port, names,
-                      "among the " + label + " of graph " + show(call.graph));
-            }
+            const std::string key = where + "." + label;
+            const std::string what = "among the " + label + " of graph " + show(call.graph);
+            for (const auto& [port, tensor] : mapping) known(key, port, names, what);
         };
         side("inputs", call.inputs, graph.inputs);
         side("outputs", call.outputs, graph.outputs);

@@ -710,7 +710,7 @@ Array Editor::encode(const std::string& text, const Samples& batch, bool mask, D
                     "This runtime has prompt, negative_prompt",
                     "Give the token ids: inputs={" + show(text) + ": …}");
     }
-    const text::PromptEncoder::Encoded encoded = encoders_.at(tensor.tokenizer.value_or(""))->encode(texts);
+    const text::Encoded encoded = encoders_.at(tensor.tokenizer.value_or(""))->encode(texts);
     const std::vector<std::int64_t>& values = mask ? encoded.mask : encoded.ids;
     const auto length = static_cast<std::int64_t>(values.size() / batch.count);
     Array array(dtype, {static_cast<std::int64_t>(batch.count), length});

@@ -78,7 +78,7 @@ struct Limits {
 // A bundle and what its editors share. For several threads.
 struct SharedBundle {
     std::shared_ptr<const core::Bundle> bundle;
-    std::shared_ptr<SessionPool> sessions = std::make_shared<SessionPool>();
+    std::shared_ptr<SessionPool> sessions;
 };
 
 struct EditorOptions {

@@ -224,12 +224,22 @@ Executor::Turn Executor::last_turn(std::size_t evaluations) const {
 void Executor::run_load(const Plan& plan) {
     const std::int64_t batch = layout_->second.at("batch");
     fixed_.clear();
+    std::set<std::string> of_request = plan.given;  // the caller's tensors, and what is made from them
     for (const std::size_t i : plan.in(Phase::load)) {
+        const core::Call& call = manifest_.program[i];
+        const auto reads = manifest_.reads(call);
+        const auto writes = manifest_.writes(call);
+        if (std::any_of(reads.begin(), reads.end(),
+                        [&](const auto& read) { return of_request.count(read.second) != 0; })) {
+            timed(i, binding(i, first_turn()));  // as in the request phase: nothing of it is kept
+            for (const auto& [port, name] : writes) of_request.insert(name);
+            continue;
+        }
         auto made = constants_.find({i, batch});
         if (made == constants_.end()) {
             timed(i, binding(i, first_turn()));
             Made outputs;
-            for (const auto& [port, name] : manifest_.writes(manifest_.program[i])) {
+            for (const auto& [port, name] : writes) {
                 auto held = buffers_.extract(target(name, first_turn()));
                 outputs[name] = std::move(held.mapped());
             }

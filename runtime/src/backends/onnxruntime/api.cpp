@@ -1,6 +1,7 @@
 #include "backends/onnxruntime/api.hpp"
 
 #include <algorithm>
+#include <string_view>
 
 #include "core/error.hpp"
 #include "platform/library.hpp"
@@ -75,8 +76,12 @@ std::optional<std::string> failure(OrtStatus* status) {
     std::string message = runtime().api->GetErrorMessage(status);
     message.erase(0, message.find_first_not_of(" \t\r\n"));
     message.resize(std::min(message.find('\n'), message.size()));
-    const std::string quoted = core::show(message, 300);
-    return quoted.substr(1, quoted.size() - 2);
+    std::string text = core::show(message, 300);  // in quotes, or cut, with an ellipsis at its end
+    constexpr std::string_view ellipsis = "\u2026";
+    const bool cut = text.size() >= ellipsis.size() &&
+                     text.compare(text.size() - ellipsis.size(), ellipsis.size(), ellipsis) == 0;
+    text.resize(text.size() - (cut ? ellipsis.size() : 1));
+    return text.substr(1);
 }
 
 void check(OrtStatus* status, const std::string& what) {

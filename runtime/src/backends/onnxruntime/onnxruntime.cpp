@@ -455,7 +455,8 @@ std::vector<Entry> onnxruntime_entries() {
     for (const char* name : {"ort-cuda", "ort-cpu"}) {
         entries.push_back(
             {name, [name] { return missing(name); },
-             [name](const Options& options) { return std::make_unique<OnnxRuntime>(name, options); }});
+             [name](const Options& options) { return std::make_unique<OnnxRuntime>(name, options); },
+             [] { return runtime().version; }});
     }
     return entries;
 }
