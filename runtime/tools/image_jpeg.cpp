@@ -21,7 +21,8 @@ namespace {
     static_cast<Guard*>(codec->client_data)->fail(message.data());
 }
 
-// Only the end that comes too early counts: cameras leave bytes between markers, and Pillow too takes the rest.
+// Only the end that comes too early counts: cameras leave bytes between markers, and Pillow too takes the
+// rest.
 void warn(j_common_ptr codec, int level) {
     if (level < 0 && codec->err->msg_code == JWRN_JPEG_EOF) ++codec->err->num_warnings;
 }
@@ -162,8 +163,8 @@ std::string encode_jpeg(const Image& image, int quality) {
         jpeg_set_quality(&codec, quality, TRUE);
         jpeg_start_compress(&codec, TRUE);
         while (codec.next_scanline < codec.image_height) {
-            JSAMPROW row = const_cast<JSAMPROW>(
-                image.pixels.data() + 3 * static_cast<std::size_t>(image.width) * codec.next_scanline);
+            auto* row = const_cast<JSAMPROW>(image.pixels.data() +
+                                             3 * static_cast<std::size_t>(image.width) * codec.next_scanline);
             jpeg_write_scanlines(&codec, &row, 1);
         }
         jpeg_finish_compress(&codec);

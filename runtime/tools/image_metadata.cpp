@@ -19,12 +19,14 @@ int exif_orientation(std::string_view tiff) {
     const std::size_t directory = number(4, 4);
     const std::size_t entries = number(directory, 2);
     for (std::size_t i = 0; i < entries; ++i) {
-        constexpr std::uint32_t orientation = 0x0112, short_type = 3;
+        constexpr std::uint32_t orientation = 0x0112;
         const std::size_t at = directory + 2 + 12 * i;
         if (at + 12 > tiff.size()) return 0;
-        if (number(at, 2) == orientation && number(at + 2, 2) == short_type) {
-            return static_cast<int>(number(at + 8, 2));
-        }
+        if (number(at, 2) != orientation) continue;
+        const std::uint32_t type = number(at + 2, 2);  // BYTE, SHORT or LONG
+        const std::size_t size = type == 1 ? 1 : type == 3 ? 2 : type == 4 ? 4 : 0;
+        const std::uint32_t value = number(at + 8, size);
+        return value <= 8 ? static_cast<int>(value) : 0;
     }
     return 0;
 }

@@ -74,9 +74,9 @@ Decoded decode_png(std::string_view bytes, const Limits& limits) {
     Reader reader;
     reader.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &guard, fail, ignore);
     if (!reader.png) throw std::bad_alloc();
-    const png_structp png = reader.png;
+    png_struct* const png = reader.png;
     reader.info = png_create_info_struct(png);
-    const png_infop info = reader.info;
+    png_info* const info = reader.info;
     if (!info) throw std::bad_alloc();
     protect(guard, [&] {
         png_set_read_fn(png, &bytes, read);
@@ -154,8 +154,8 @@ std::string encode_png(const Image& image) {
     if (!writer.png) throw std::bad_alloc();
     writer.info = png_create_info_struct(writer.png);
     if (!writer.info) throw std::bad_alloc();
-    const png_structp png = writer.png;
-    const png_infop info = writer.info;
+    png_struct* const png = writer.png;
+    png_info* const info = writer.info;
     protect(guard, [&] {
         png_set_write_fn(png, &bytes, write, flush);
         png_set_IHDR(png, info, static_cast<png_uint_32>(image.width), static_cast<png_uint_32>(image.height),

@@ -179,13 +179,11 @@ def test_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     exif[0x010F] = "maker"
-    for order in (b"II", b"MM"):
-        block = bytearray(exif.tobytes())
-        if order == b"MM":
-            block = bytearray(
-                b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1" + struct.pack(">HH", orientation, 0)
-            )
-        Image.fromarray(noise(7, 11)).save(path, exif=bytes(block))
+    big_endian = b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12"
+    short = big_endian + struct.pack(">HIHHI", 3, 1, orientation, 0, 0)
+    long = big_endian + struct.pack(">HIII", 4, 1, orientation, 0)
+    for block in (exif.tobytes(), short, long):
+        Image.fromarray(noise(7, 11)).save(path, exif=block)
         expected = load_photo(path)
         assert expected.shape == ((11, 7, 3) if orientation in (5, 6, 7, 8) else (7, 11, 3))
         same_decoder(read(path), expected)

@@ -15,7 +15,7 @@ import pytest
 import text_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from hywu_runtime.errors import HywuError
 from hywu_runtime.manifest import Tokenizer as Entry
@@ -282,6 +282,25 @@ def test_added_tokens_that_strip(tmp_path: Path) -> None:
     tokenizer.add_tokens(tokens)
     tokenizer.save(str(path))
     assert run(path, [" " * 900_000], timeout=20)[0].count(" ") > 100_000
+
+
+def test_post_processors_after_each_other(tokenizer_file: Callable[[str], Path], tmp_path: Path) -> None:
+    special = [("a", 1), ("b", 2)]
+    template = processors.TemplateProcessing(single="a $A b $A", pair="$A b $B a", special_tokens=special)
+    short = processors.TemplateProcessing(single="$A b", pair="$B a $A", special_tokens=special)
+    bert, roberta = processors.BertProcessing(*special), processors.RobertaProcessing(*special)
+    for chain in (
+        [template],
+        [short, template],
+        [template, bert],
+        [short, roberta, bert],
+        [processors.ByteLevel(), bert, short],
+    ):
+        tokenizer = Tokenizer.from_file(str(tokenizer_file("gpt2")))
+        tokenizer.post_processor = processors.Sequence(chain)
+        path = tmp_path / "tokenizer.json"
+        tokenizer.save(str(path))
+        compare(path, ["", "a", "a photo"])
 
 
 @pytest.mark.parametrize(("length", "side"), [(77, "right"), (12, "left"), (2, "right"), (3, "left")])

@@ -34,6 +34,11 @@ struct Weights {
     std::size_t stride = 0;
 };
 
+// Truncated as Pillow does it, which for what is below zero is not to the nearest.
+int rounded(double value) {
+    return static_cast<int>(value + 0.5);  // NOLINT(bugprone-incorrect-roundings)
+}
+
 Weights weights(int old_size, int new_size) {
     const double scale = static_cast<double>(old_size) / new_size;
     const double filter_scale = std::max(scale, 1.0);
@@ -45,8 +50,8 @@ Weights weights(int old_size, int new_size) {
     std::vector<double> window(result.stride);
     for (int i = 0; i < new_size; ++i) {
         const double center = (i + 0.5) * scale;
-        const int begin = std::max(static_cast<int>(center - support + 0.5), 0);
-        const int count = std::min(static_cast<int>(center + support + 0.5), old_size) - begin;
+        const int begin = std::max(rounded(center - support), 0);
+        const int count = std::min(rounded(center + support), old_size) - begin;
         double sum = 0.0;
         for (int j = 0; j < count; ++j) {
             const double weight = lanczos((j + begin - center + 0.5) * step);
@@ -133,18 +138,18 @@ Size working_size(const core::ImagePolicy& policy, int width, int height,
         }
         return *explicit_size;
     }
-    const double area = static_cast<double>(std::int64_t{width} * height);
+    const auto area = static_cast<double>(std::int64_t{width} * height);
     const int shorter = std::min(width, height);
     const auto min = static_cast<double>(policy.min);
     double scale = std::min(std::sqrt(static_cast<double>(policy.default_area) / area), 1.0);
     if (shorter * scale < min) scale = min / shorter;
     const std::int64_t low = (policy.min + policy.multiple - 1) / policy.multiple * policy.multiple;
-    const std::int64_t high = policy.max / policy.multiple * policy.multiple;
+    const std::int64_t most = policy.max / policy.multiple, high = most * policy.multiple;
     const auto side = [&](int length) {
         const double multiples = std::floor(length * scale / static_cast<double>(policy.multiple) + 0.5);
         // A very long side of a picture that is enlarged may be beyond any integer.
-        const double limit = static_cast<double>(high / policy.multiple);
-        const auto rounded = static_cast<std::int64_t>(std::min(multiples, limit)) * policy.multiple;
+        const auto rounded =
+            static_cast<std::int64_t>(std::min(multiples, static_cast<double>(most))) * policy.multiple;
         return static_cast<int>(std::max(low, std::min(high, rounded)));
     };
     return {side(width), side(height)};

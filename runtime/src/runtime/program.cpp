@@ -21,6 +21,17 @@ double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
+void check_covered(const core::Engine& engine, const std::string& key, const Axes& axes) {
+    const auto outside = engine.covers(axes);
+    if (!outside) return;
+    const auto& range = engine.shapes.at(*outside);
+    throw Error(ErrorKind::input,
+                "Axis " + *outside + " has size " + std::to_string(axes.at(*outside)) + ", which engine " +
+                    show(key) + " does not take",
+                "It was built for " + std::to_string(range[0]) + " to " + std::to_string(range[2]),
+                "Choose a size within these limits, or build an engine for larger ones");
+}
+
 void check_cancelled(const Request& request) {
     if (request.cancelled && request.cancelled())
         throw Error(ErrorKind::cancelled, "The request was cancelled");
@@ -145,6 +156,8 @@ void Executor::run(const Plan& plan, const Request& request,
                    const std::function<void(const std::string&, DeviceTensor&)>& result) {
     const Clock::time_point start = Clock::now();
     timings_ = {};
+    if (options_.engine)
+        check_covered(manifest_.engines.at(*options_.engine), *options_.engine, request.axes);
     if (!layout_ || !(layout_->first == plan) || layout_->second != request.axes) {
         release();
         layout_ = {plan, request.axes};

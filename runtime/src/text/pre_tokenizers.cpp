@@ -58,8 +58,7 @@ public:
     explicit ByteLevel(const core::Json& description)
         : prefix_space_(bool_member(description, "add_prefix_space", where)) {
         if (bool_member(description, "use_regex", where, true)) {
-            regex_.emplace(
-                "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+");
+            regex_.emplace(R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)");
         }
     }
     void pre_tokenize(Pieces& pieces) const override {

@@ -12,11 +12,11 @@ namespace hywu::text {
 namespace {
 
 std::string from_base64(std::string_view text) {
-    std::array<signed char, 256> values{};
+    std::array<int, 256> values{};
     values.fill(-1);
     constexpr std::string_view letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for (std::size_t i = 0; i < letters.size(); ++i) {
-        values[static_cast<unsigned char>(letters[i])] = static_cast<signed char>(i);
+        values[static_cast<unsigned char>(letters[i])] = static_cast<int>(i);
     }
     if (text.size() % 4 != 0) throw FileError("its precompiled_charsmap is not base64");
     std::size_t padding = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <system_error>
+#include <utility>
 
 #include "core/error.hpp"
 #include "core/files.hpp"
@@ -43,8 +44,8 @@ std::unique_ptr<Tokenizer> load(const std::filesystem::path& path, const std::st
 
 }  // namespace
 
-PromptEncoder::PromptEncoder(const std::filesystem::path& path, const core::Tokenizer& entry)
-    : entry_(entry), name_(core::display(path.filename())), tokenizer_(load(path, name_)) {}
+PromptEncoder::PromptEncoder(const std::filesystem::path& path, core::Tokenizer entry)
+    : entry_(std::move(entry)), name_(core::display(path.filename())), tokenizer_(load(path, name_)) {}
 
 PromptEncoder::~PromptEncoder() = default;
 PromptEncoder::PromptEncoder(PromptEncoder&&) noexcept = default;

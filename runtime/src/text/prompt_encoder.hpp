@@ -29,7 +29,7 @@ class PromptEncoder {
 public:
     // Throws core::Error(bundle): the tokenizer file cannot be used; Error(unsupported): it is of a type that
     // this runtime does not know.
-    PromptEncoder(const std::filesystem::path& path, const core::Tokenizer& entry);
+    PromptEncoder(const std::filesystem::path& path, core::Tokenizer entry);
     ~PromptEncoder();
     PromptEncoder(PromptEncoder&&) noexcept;
     PromptEncoder& operator=(PromptEncoder&&) noexcept;

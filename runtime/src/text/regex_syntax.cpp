@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstdio>
 
 #include "core/error.hpp"
 #include "core/text.hpp"
@@ -21,18 +20,15 @@ constexpr std::size_t max_pattern = 1 << 16, max_depth = 64;
 
 // Insides of character classes. Spaces are White_Space: PCRE2 counts U+180E too.
 constexpr std::string_view space =
-    "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{"
-    "3000}";
+    R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
 constexpr std::string_view no_space =
-    "\\x{0}-\\x{8}\\x{e}-\\x{1f}\\x{21}-\\x{84}\\x{86}-\\x{9f}\\x{a1}-\\x{167f}\\x{1681}-\\x{1fff}\\x{200b}-"
-    "\\x{2027}"
-    "\\x{202a}-\\x{202e}\\x{2030}-\\x{205e}\\x{2060}-\\x{2fff}\\x{3001}-\\x{10ffff}";
+    R"(\x{0}-\x{8}\x{e}-\x{1f}\x{21}-\x{84}\x{86}-\x{9f}\x{a1}-\x{167f}\x{1681}-\x{1fff}\x{200b}-\x{2027})"
+    R"(\x{202a}-\x{202e}\x{2030}-\x{205e}\x{2060}-\x{2fff}\x{3001}-\x{10ffff})";
 // Letters, marks, decimal and letter numbers, connectors, the other alphabetic ones, and, as Oniguruma has
 // it, the numbers of Latin-1.
 constexpr std::string_view word =
-    "\\p{L}\\p{M}\\p{Nd}\\p{Nl}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{"
-    "1f149}"
-    "\\x{1f150}-\\x{1f169}\\x{1f170}-\\x{1f189}";
+    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{b2}\x{b3}\x{b9}\x{bc}-\x{be}\x{24b6}-\x{24e9})"
+    R"(\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189})";
 constexpr std::string_view hexadecimal = "0-9A-Fa-f";
 
 constexpr std::array<std::string_view, 37> categories = {
@@ -61,9 +57,10 @@ std::string literal(char32_t c) {
         core::append_utf8(text, c);
         return text;
     }
-    std::array<char, 16> buffer{};
-    std::snprintf(buffer.data(), buffer.size(), "\\x{%x}", static_cast<unsigned>(c));
-    return buffer.data();
+    constexpr std::string_view digits = "0123456789abcdef";
+    text = "\\x{";
+    if (c >= 16) text += digits[c / 16];
+    return text + digits[c % 16] + "}";
 }
 
 class Translator {

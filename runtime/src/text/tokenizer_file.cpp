@@ -239,7 +239,7 @@ double read_score(std::string_view number) {
         for (std::size_t i = 0; i < table.size(); ++i) table[i] = std::stod("1e" + std::to_string(i));
         return table;
     }();
-    double value = static_cast<double>(significand);
+    auto value = static_cast<double>(significand);
     while (value != 0.0 && std::abs(exponent) >= 309) {
         if (exponent > 0) throw FileError("a score in its vocabulary is too large");
         value /= 1e308;

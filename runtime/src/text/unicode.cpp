@@ -85,7 +85,7 @@ char32_t compose(char32_t first, char32_t second) noexcept {
                                             static_cast<utf8proc_int32_t>(second)};
     const int options = UTF8PROC_STABLE | UTF8PROC_COMPOSE;
     if (utf8proc_normalize_utf32(pair.data(), 2, static_cast<utf8proc_option_t>(options)) != 1) return 0;
-    const char32_t composite = static_cast<char32_t>(pair[0]);
+    const auto composite = static_cast<char32_t>(pair[0]);
     return is_later_than_9(composite) ? 0 : composite;
 }
 
