@@ -231,7 +231,7 @@ def encodable(value: Any) -> bool:
     return True
 
 
-@settings(SLOW_IS_FINE, max_examples=400)
+@settings(SLOW_IS_FINE, max_examples=250)
 @given(mutations())
 def test_mutated_manifests_are_read_alike(compare: Compare, mutation: Any) -> None:
     value = mutate(*mutation)

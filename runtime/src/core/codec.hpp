@@ -176,8 +176,9 @@ struct Table {
         type result;
         for (const auto& [key, entry] : *value.members()) {
             if (key.compare(0, 2, "x-") == 0) continue;
+            typename Kind::type decoded = Kind::decode(entry, at(where, key));
             Key::check(key, where + ": key");
-            result.add(key, Kind::decode(entry, at(where, key)));
+            result.add(key, std::move(decoded));
         }
         return result;
     }

@@ -478,7 +478,7 @@ void Validator::program() {
             if (mapping.empty()) return;
             Names names;
             for (const Value& value : values) names.insert(value.name);
-            const std::string key = where + "." + label;
+            const std::string key = codec::dot(where, label);
             const std::string what = "among the " + label + " of graph " + show(call.graph);
             for (const auto& [port, tensor] : mapping) known(key, port, names, what);
         };

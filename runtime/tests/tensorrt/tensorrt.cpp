@@ -248,8 +248,8 @@ TEST_SUITE("tensorrt") {
         CHECK(cuda.launches == 5);
         cuda.most_pending = 0;
         request(-7, 8);
-        // The host is one step ahead of the device at most: two steps are under way, each with its inputs (two in
-        // the first step, one in others) and an event.
+        // The host is one step ahead of the device at most: two steps are under way, each with its inputs
+        // (two in the first step, one in others) and an event.
         CHECK(cuda.most_pending == 7);
         request(3, 1);
         CHECK(cuda.captures == 1);

@@ -89,7 +89,7 @@ class Logger final : public nvinfer1::ILogger {
 public:
     void log(Severity severity, const char* message) noexcept override {
         try {
-            if (severity <= Severity::kERROR) last_error() = message;
+            if (severity <= Severity::kERROR && first_error().empty()) first_error() = message;
             const core::LogLevel level =
                 severity <= Severity::kWARNING ? core::LogLevel::warning : core::LogLevel::debug;
             if (core::logs(level)) core::log(level, std::string(product) + ": " + message);
@@ -97,17 +97,17 @@ public:
         }
     }
 
-    // Forgets what came before `attempt`; gives why it failed.
+    // What a call that follows fails with is its own.
+    static void forget_error() noexcept { first_error().clear(); }
     static std::string take_error() {
-        std::string text = std::move(last_error());
-        last_error().clear();
+        const std::string text = std::exchange(first_error(), {});
         if (text.empty()) return "it gives no reason";
         const std::string quoted = show(text, 300);
         return quoted.substr(1, quoted.size() - 2);
     }
 
 private:
-    static std::string& last_error() {
+    static std::string& first_error() {
         static thread_local std::string text;
         return text;
     }
@@ -244,6 +244,7 @@ public:
         try {
             const core::MappedFile file(path_);
             const std::string_view bytes(reinterpret_cast<const char*>(file.data()), file.size());
+            Logger::forget_error();
             if (bytes.empty() || !cache_->deserialize(bytes.data(), bytes.size())) {
                 note("cannot be used (" + Logger::take_error() + "), and is made anew");
             } else {
@@ -399,6 +400,7 @@ Call::~Call() {
 }
 
 void Call::enqueue() {
+    Logger::forget_error();
     if (context_->enqueueV3(reinterpret_cast<cudaStream_t>(stream_->get()))) return;
     throw Error(ErrorKind::engine,
                 std::string(product) + " cannot run " + show(engine_->name()) + ": " + Logger::take_error(),
@@ -437,6 +439,7 @@ cuda::Tensor& Engine::check(const char* tensor, const TensorMap& given, bool inp
 std::unique_ptr<Binding> Engine::bind(const TensorMap& inputs, const TensorMap& outputs) {
     const cuda::Current current(*device_);
     const std::lock_guard lock(mutex_);
+    Logger::forget_error();
     // Memory for what lies between inputs and outputs is ours, so that graphs that run in turn can share it.
 #if defined(TRT_MAJOR_RTX)
     std::unique_ptr<nvinfer1::IExecutionContext> context(engine_->createExecutionContext(config_.get()));
@@ -623,6 +626,7 @@ std::shared_ptr<Session> TensorRt::load(const std::filesystem::path& file, const
         } else {
             const core::MappedFile plan(file);
             const std::lock_guard lock(library.mutex);
+            Logger::forget_error();
             engine.reset(library.runtime->deserializeCudaEngine(plan.data(), plan.size()));
             if (engine == nullptr) reason = Logger::take_error();
         }

@@ -1,6 +1,7 @@
 // What the tests see of the fake driver, and what the fake TensorRT runs on it.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <functional>
 
@@ -8,7 +9,7 @@
 
 struct FakeCuda {
     // Counted since reset().
-    int captures = 0, launches = 0, device_copies = 0, host_writes = 0;
+    std::atomic<int> captures = 0, launches = 0, device_copies = 0, host_writes = 0;
     int allocations = 0;                       // of device memory, now
     int contexts = 0;                          // current in this thread, now
     std::size_t bytes = 0;                     // of device memory, now

@@ -10,6 +10,7 @@
 // Other lines: `host NAME` (a tensor that it wants in host memory), `uncapturable`, `broken` (cannot be run).
 #include <NvInferRuntime.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -84,7 +85,7 @@ struct Plan {
 
 class Context final : public IExecutionContext {
 public:
-    Context(const Plan& plan, int* compiled) : plan_(plan), compiled_(compiled) {}
+    Context(const Plan& plan, std::atomic<int>* compiled) : plan_(plan), compiled_(compiled) {}
 
     bool setInputShape(const char* name, const Dims& shape) noexcept override {
         const Tensor* tensor = plan_.find(name);
@@ -139,7 +140,7 @@ public:
 
 private:
     const Plan& plan_;
-    int* compiled_;
+    std::atomic<int>* compiled_;
     std::map<std::string, Dims> shapes_;
     std::map<std::string, float*> addresses_;
     void* scratch_ = nullptr;
@@ -161,7 +162,7 @@ private:
 class Cache final : public IRuntimeCache {
 public:
     IHostMemory* serialize() const noexcept override {
-        return new Memory(kernels > 0 ? "cache " + std::to_string(kernels) : "");
+        return new Memory(kernels > 0 ? "cache " + std::to_string(kernels.load()) : "");
     }
     bool deserialize(const void* blob, std::size_t size) noexcept override {
         const std::string text(static_cast<const char*>(blob), size);
@@ -172,7 +173,7 @@ public:
         kernels = std::atoi(text.c_str() + 6);
         return true;
     }
-    int kernels = 0;
+    std::atomic<int> kernels = 0;
 };
 
 class Config final : public IRuntimeConfig {
@@ -233,7 +234,7 @@ public:
 
 private:
     Plan plan_;
-    int runs_ = 0;
+    std::atomic<int> runs_ = 0;
 };
 
 class Runtime final : public IRuntime {
