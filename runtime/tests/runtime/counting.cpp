@@ -55,6 +55,12 @@ void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { s
 
 namespace hywu::testing {
 
+bool replaced() {
+    const Counting counting;
+    ::operator delete(::operator new(1));
+    return counting.count() != 0;
+}
+
 Counting::Counting() {
     counted = 0;
     counting = true;

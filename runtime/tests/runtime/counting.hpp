@@ -5,6 +5,9 @@
 
 namespace hywu::testing {
 
+// Whether operator new is ours: a tool such as valgrind may have put its own in its place.
+bool replaced();
+
 // Counts this thread's calls of operator new while it lives.
 class Counting {
 public:
