@@ -327,3 +327,10 @@ def test_every_instruction_of_the_demo(library: Library, demo_bundle: Path) -> N
     )
     assert np.abs(batch[0].astype(int) - off[0]).mean() > 1
     both.close()
+
+
+def test_the_bundle_in_the_tree_is_the_toy(toy: Path) -> None:
+    """C++ tests read runtime/tests/data/toy; `toy_bundle.write_bundle` makes it."""
+    kept = Path(__file__).parents[2] / "runtime" / "tests" / "data" / "toy"
+    made = {p.relative_to(toy).as_posix(): p.read_bytes() for p in toy.rglob("*") if p.is_file()}
+    assert {p.relative_to(kept).as_posix(): p.read_bytes() for p in kept.rglob("*") if p.is_file()} == made

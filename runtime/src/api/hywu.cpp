@@ -16,8 +16,8 @@
 #include "backends/registry.hpp"
 #include "core/array.hpp"
 #include "core/deltas.hpp"
-#include "core/log.hpp"
 #include "core/files.hpp"
+#include "core/log.hpp"
 #include "runtime/editor.hpp"
 
 using hywu::api::CallbackError;

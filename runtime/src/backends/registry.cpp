@@ -40,8 +40,9 @@ std::vector<Entry> all_entries() {
         if (found != built.end()) {
             result.push_back(std::move(*found));
         } else {
-            result.push_back({std::string(name), [] { return std::string("this library was built without it"); },
-                              nullptr, nullptr});
+            result.push_back({std::string(name),
+                              [] { return std::string("this library was built without it"); }, nullptr,
+                              nullptr});
         }
     }
     return result;

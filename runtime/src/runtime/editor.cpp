@@ -195,6 +195,32 @@ Executor::Options executor_options(const core::Manifest& manifest, const backend
     return result;
 }
 
+// The backend that was asked for; for `auto` the best that can be used here and, if it runs engines, has one
+// in the bundle.
+std::unique_ptr<backends::Backend> open_backend(const core::Manifest& manifest,
+                                                const EditorOptions& options) {
+    if (options.backend != "auto") return backends::create_backend(options.backend, options.device);
+    std::string usable;
+    std::unique_ptr<backends::Backend> best;
+    for (const backends::Entry& entry : backends::entries()) {
+        if (entry.missing()) continue;
+        if (!best) {
+            best = backends::create_backend(entry.name, options.device);
+            try {
+                if (best->uses_engines()) choose_engine(manifest, *best, options.variant);
+            } catch (const Error& error) {
+                core::log(core::LogLevel::info, error.what());
+                best.reset();
+                continue;
+            }
+        }
+        usable += (usable.empty() ? "" : ", ") + entry.name;
+    }
+    if (!best) return backends::create_backend("auto", options.device);  // says why there is none
+    core::log(core::LogLevel::info, "backend " + std::string(best->name()) + " chosen among " + usable);
+    return best;
+}
+
 std::string sharing_words(const EditorOptions& options, std::string_view backend) {
     const auto number = [](const std::optional<int>& n) { return n ? std::to_string(*n) : "-"; };
     return std::string(backend) + "/" + number(options.device.device) + "/" + number(options.device.threads);
@@ -242,7 +268,7 @@ Editor::Editor(SharedBundle shared, std::shared_ptr<backends::Backend> backend, 
                const EditorOptions& options)
     : shared_(std::move(shared)),
       manifest_(with_variant(shared_, options)->manifest()),
-      backend_(backend ? std::move(backend) : backends::create_backend(options.backend, options.device)),
+      backend_(backend ? std::move(backend) : open_backend(manifest_, options)),
       executor_(
           shared_.bundle, backend_, shared_.sessions,
           executor_options(manifest_, *backend_,
