@@ -57,7 +57,8 @@ namespace hywu::testing {
 
 bool replaced() {
     const Counting counting;
-    ::operator delete(::operator new(1));
+    char* volatile const memory = new char;  // volatile: not to be optimised away
+    delete memory;
     return counting.count() != 0;
 }
 
