@@ -21,3 +21,7 @@ if(HYWU_QEMU)
   set(libraries ${sdk}/aarch64/usr/lib/aarch64-linux-gnu:${sdk}/onnxruntime-aarch64/lib)
   set(CMAKE_CROSSCOMPILING_EMULATOR ${HYWU_QEMU};-L;/usr/aarch64-linux-gnu;-E;LD_LIBRARY_PATH=${libraries})
 endif()
+
+# Headers that differ between architectures (libjpeg's configuration).
+set(CMAKE_C_FLAGS_INIT "-isystem ${sdk}/aarch64/usr/include/aarch64-linux-gnu")
+set(CMAKE_CXX_FLAGS_INIT "${CMAKE_C_FLAGS_INIT}")
