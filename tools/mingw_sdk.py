@@ -51,7 +51,7 @@ def build(sources: Path, work: Path, into: Path, options: list[str]) -> None:
 
 
 def main() -> int:
-    if (OUT / "lib").is_dir():
+    if (OUT / "include/nlohmann").is_dir():
         return 0
     OUT.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hywu-mingw-") as name:
@@ -63,6 +63,10 @@ def main() -> int:
                     build(sources, work / (package + "-build"), work / "installed", options)
             for unused in ("share", "bin", "cmake", "man", "lib/pkgconfig"):
                 shutil.rmtree(work / "installed" / unused, ignore_errors=True)
+            json = Path("/usr/include/nlohmann")
+            if not json.is_dir():
+                raise Unavailable("nlohmann-json3-dev is not installed")
+            shutil.copytree(json, work / "installed/include/nlohmann")
             shutil.rmtree(OUT, ignore_errors=True)
             shutil.move(work / "installed", OUT)
         except Unavailable as error:

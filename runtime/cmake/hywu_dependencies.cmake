@@ -1,6 +1,13 @@
 # What the runtime takes from the system. Everything here is in Debian; docs/cpp.md says where it comes from elsewhere.
 
-find_package(nlohmann_json 3.7 REQUIRED)  # JSON
+# JSON; headers alone, which a cross-compiler may have without the package's files.
+find_package(nlohmann_json 3.7 QUIET)
+if(NOT nlohmann_json_FOUND)
+  find_path(NLOHMANN_JSON_INCLUDE_DIR nlohmann/json.hpp REQUIRED)
+  add_library(nlohmann_json::nlohmann_json INTERFACE IMPORTED)
+  set_target_properties(nlohmann_json::nlohmann_json PROPERTIES
+    INTERFACE_INCLUDE_DIRECTORIES ${NLOHMANN_JSON_INCLUDE_DIR})
+endif()
 find_package(PCRE2 10.32 REQUIRED)        # regular expressions with Unicode classes, for tokenizers
 find_package(utf8proc REQUIRED)           # Unicode normalisation and categories, for tokenizers
 if(HYWU_TOOLS OR HYWU_TESTS)
@@ -27,6 +34,10 @@ function(hywu_backend option package variable)
 endfunction()
 
 hywu_backend(HYWU_ONNXRUNTIME ONNXRuntime HYWU_HAVE_ONNXRUNTIME)
+if(MINGW)
+  # NVIDIA's libraries for Windows have the classes of Microsoft's compiler, whose layout differs from this one's.
+  set(HYWU_TENSORRT OFF)
+endif()
 hywu_backend(HYWU_TENSORRT TensorRT HYWU_HAVE_TENSORRT)
 
 foreach(backend IN ITEMS ONNXRUNTIME TENSORRT)

@@ -10,8 +10,8 @@ set(CMAKE_FIND_ROOT_PATH ${CMAKE_CURRENT_LIST_DIR}/../../.sdk/mingw /usr/x86_64-
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
 set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
-# Header-only packages of the build machine will do (nlohmann-json).
-set(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE BOTH)
+# Headers of the build machine would bring its C library along; tools/mingw_sdk.py copies the one that is header-only.
+set(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE ONLY)
 
 # No DLLs of the compiler's beside the library.
 set(CMAKE_SHARED_LINKER_FLAGS_INIT "-static")
