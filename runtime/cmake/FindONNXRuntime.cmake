@@ -21,3 +21,8 @@ if(ONNXRuntime_FOUND AND NOT TARGET ONNXRuntime::headers)
   set_target_properties(ONNXRuntime::headers PROPERTIES
     INTERFACE_INCLUDE_DIRECTORIES ${ONNXRuntime_INCLUDE_DIR})
 endif()
+if(MINGW AND TARGET ONNXRuntime::headers)
+  # Annotations for Microsoft's compiler that MinGW's headers do not know.
+  set_property(TARGET ONNXRuntime::headers PROPERTY INTERFACE_COMPILE_OPTIONS
+    "SHELL:-include ${CMAKE_CURRENT_LIST_DIR}/mingw_annotations.h")
+endif()
