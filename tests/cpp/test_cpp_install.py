@@ -1,4 +1,4 @@
-"""What `cmake --install` gives: found by CMake and pkg-config from outside the tree, and nothing seen but hywu_*."""
+"""What `cmake --install` gives: found by CMake and pkg-config, and nothing seen but hywu_*."""
 
 from __future__ import annotations
 
