@@ -10,13 +10,14 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: help demo test lint types check deps clean
+.PHONY: help demo test cpp lint types check deps clean
 
 help:
 	@echo 'make demo   export the demo pair and edit photographs: out/bundle/, out/gallery.png'
 	@echo 'make test   lint, types and all tests'
+	@echo 'make cpp    the C++ runtime: build and tests, sanitizers, fuzzing, aarch64, Windows'
 	@echo 'make deps   what needs root (compilers, Debian libraries)'
-	@echo 'make clean  remove .venv/ and out/'
+	@echo 'make clean  remove .venv/, out/, build/ and .sdk/'
 
 $(VENV)/.python:
 	@test -n "$(PYTHON)" || { echo 'No Python of 3.11 or later was found. Install one, or say make PYTHON=/path/to/python.' >&2; exit 2; }
@@ -44,11 +45,14 @@ types: $(VENV)/.test
 
 check: lint types
 
-test: $(VENV)/.test check
+cpp: $(VENV)/.test
+	tools/cpp.sh
+
+test: $(VENV)/.test check cpp
 	$(BIN)/python -m pytest -n auto
 
 deps:
 	./deps.sh
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out build .sdk

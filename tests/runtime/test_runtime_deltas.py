@@ -82,12 +82,16 @@ def test_files_that_are_no_deltas(tmp_path: Path) -> None:
         {"hywu.deltas": "1"},
     )
     save_file({"x.weight": torch.ones(1, 2, 3)}, tmp_path / "name.safetensors", {"hywu.deltas": "1"})
+    nine = {"x.lora_A": torch.ones([1] * 9)}
+    many = {"x.lora_A": torch.ones([1] * 64)}
+    for name, value in (("nine", nine), ("many", many)):
+        save_file(value, tmp_path / f"{name}.safetensors", {"hywu.deltas": "1"})
     random().save(tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-5])
     (tmp_path / "empty.safetensors").write_bytes(b"")
     (tmp_path / "text.safetensors").write_bytes(b"not a safetensors file at all")
-    for name in ("no_mark", "int", "name", "cut", "empty", "text", "ghost"):
+    for name in ("no_mark", "int", "name", "nine", "many", "cut", "empty", "text", "ghost"):
         with pytest.raises(DeltaError):
             Deltas.load(tmp_path / f"{name}.safetensors")
     for i in range(0, len(whole), 11):
@@ -135,6 +139,18 @@ def test_blends_that_cannot_be() -> None:
         Deltas.blend([(random(rank=1), 1.0), (other, 1.0)])
     with pytest.raises(DeltaError, match="shape"):
         Deltas.stack([random(rank=1), other])
+
+
+def test_tensors_of_one_set_for_different_numbers_of_samples() -> None:
+    tensors = dict(random(rank=1, batch=4))
+    tensors["block.to_q.lora_A"] = tensors["block.to_q.lora_A"][:2]
+    mixed = Deltas(tensors)
+    with pytest.raises(DeltaError, match="shape"):
+        Deltas.blend([(mixed, 1.0)])
+    with pytest.raises(DeltaError, match="one D"):
+        mixed.select(3)
+    with pytest.raises(DeltaError, match=r"\[2, 4\] samples"):
+        mixed.pad(SPEC).check(SPEC)
 
 
 def test_padding_changes_nothing() -> None:

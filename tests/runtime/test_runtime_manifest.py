@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -256,6 +257,28 @@ def test_text_that_is_no_manifest(tmp_path: Path, text: bytes) -> None:
         Manifest.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("note", "fine"),
+    [
+        (b"[1e300, -0.0]", True),
+        (rb'"\ud83d\ude00"', True),
+        (b"1e999", False),
+        (b"9" * 400, False),
+        (b"NaN", False),
+        (rb'"\ud800"', False),
+        (rb'{"\udc00": 1}', False),
+        (rb'"\ude00\ud83d"', False),
+    ],
+)
+def test_what_other_json_readers_refuse_is_refused_where_it_is_ignored_too(
+    tmp_path: Path, note: bytes, fine: bool
+) -> None:
+    text = json.dumps(valid() | {"x-note": "?"}).encode()
+    (tmp_path / "manifest.json").write_bytes(text.replace(b'"?"', note))
+    with contextlib.nullcontext() if fine else pytest.raises(BundleError, match="not valid JSON"):
+        Manifest.read(tmp_path)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "pipe").mkdir()
     os.mkfifo(tmp_path / "pipe/manifest.json")
@@ -273,6 +296,13 @@ def test_a_large_program_is_read_in_linear_time() -> None:
     start = time.perf_counter()
     Manifest.from_dict(value)
     assert time.perf_counter() - start < 5
+
+
+def test_a_short_manifest_cannot_make_a_long_program() -> None:
+    value = valid()
+    value["program"] += [{"graph": "step", "phase": "step", "guided": True}] * 100_000
+    with pytest.raises(BundleError, match="2\\^20"):
+        Manifest.from_dict(value)
 
 
 @pytest.mark.parametrize(

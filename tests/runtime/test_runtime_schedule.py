@@ -47,6 +47,7 @@ def test_rows(tmp_path: Path) -> None:
         lambda t: t.update({"even.offsets": t["even.offsets"][::-1].copy()}),
         lambda t: t.update({"even.offsets": t["even.offsets"].astype(np.float32)}),
         lambda t: t.update({"even.offsets": t["even.offsets"] + 10**9}),
+        lambda t: t.update({"even.offsets": np.array([0, 2**63 - 1, -(2**63), -1, 1, 15, 15])}),
         lambda t: t.update({"even.coefficients": t["even.coefficients"][:, 0]}),
         lambda t: t.update({"even.coefficients": t["even.coefficients"][:, :3].copy()}),
         lambda t: t.update({"even.coefficients": t["even.coefficients"] * np.nan}),

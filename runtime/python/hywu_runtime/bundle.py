@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -115,10 +117,15 @@ class Bundle:
         """Compares a file's size with the manifest, and with ``verify`` its hash. Raises BundleError."""
         entry = self.manifest.files[path]
         file = self.file(path)
-        size = file.stat().st_size
+        try:
+            with file.open("rb") as stream:  # even for the size alone: what cannot be read is found here
+                size = os.fstat(stream.fileno()).st_size
+                digest = _sha256(stream) if verify and size == entry.size else entry.sha256
+        except OSError as error:
+            raise _damaged(f"{path} cannot be read: {error.strerror}", "Expected a readable file") from None
         if size != entry.size:
             raise _damaged(f"{path} has {size} bytes", f"Expected {entry.size}")
-        if verify and (digest := _sha256(file)) != entry.sha256:
+        if digest != entry.sha256:
             raise _damaged(f"{path} has SHA-256 {digest}", f"Expected {entry.sha256}")
 
     def _check_links(self) -> None:
@@ -126,10 +133,13 @@ class Bundle:
         for source, path in sorted(used):
             file = self._source_file(source, path)
             expected = self.manifest.sources[source].files[path]
-            size = file.stat().st_size
+            try:
+                size, header = file.stat().st_size, header_sha256(file)
+            except OSError as error:
+                raise _other_checkpoint(source, file, f"cannot be read: {error.strerror}") from None
             if size != expected.size:
                 raise _other_checkpoint(source, file, f"has {size} bytes, not {expected.size}")
-            if header_sha256(file) != expected.header_sha256:
+            if header != expected.header_sha256:
                 raise _other_checkpoint(source, file, "has another safetensors header")
 
     def _source_file(self, source: str, path: str) -> Path:
@@ -188,11 +198,10 @@ def _inside(root: Path, path: str, what: str) -> Path:
     return file
 
 
-def _sha256(path: Path) -> str:
+def _sha256(stream: IO[bytes]) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
+    while piece := stream.read(1 << 20):
+        digest.update(piece)
     return digest.hexdigest()
 
 

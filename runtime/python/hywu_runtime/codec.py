@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -43,7 +45,9 @@ def show(value: object, limit: int = 60) -> str:
 
 
 def parse(text: bytes) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity, no unreasonable nesting or numbers.
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity, no lone surrogates, no unreasonable nesting.
+
+    Numbers lie within a double's range, as most JSON readers want it, even under keys that are ignored.
 
     Raises:
         BundleError: not such a text.
@@ -58,8 +62,25 @@ def parse(text: bytes) -> Any:
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is not a JSON number")
 
+    def real(digits: str) -> float:
+        if math.isinf(number := float(digits)):
+            raise ValueError("a number is too large")
+        return number
+
+    def integer(digits: str) -> int:
+        return int(digits if len(digits) < 300 or real(digits) else "")
+
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_float=real,
+            parse_int=integer,
+        )
+        if re.search(rb"\\u[dD][89a-fA-F]", text):  # whole pairs are fine, lone halves cannot be encoded
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         problem = "it nests too deeply" if isinstance(error, RecursionError) else str(error)
         raise BundleError(

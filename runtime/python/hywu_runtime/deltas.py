@@ -32,7 +32,7 @@ class Deltas(Mapping[str, Array]):
         tensors: name to floating-point array; converted to float32.
     Raises:
         DeltaError: a name does not end in ``.lora_A`` or ``.lora_B``, or a tensor is not floating-point with
-            at least 3 axes.
+            3 to 8 axes, none empty.
     """
 
     def __init__(self, tensors: Mapping[str, npt.NDArray[Any]]):
@@ -51,12 +51,8 @@ class Deltas(Mapping[str, Array]):
                     "Expected floating-point numbers",
                     "Store it as float32",
                 )
-            if array.ndim < 3 or 0 in array.shape:
-                raise DeltaError(
-                    f"Delta {show(name)} has shape {list(array.shape)}",
-                    "Expected [D, …] with at least 3 axes, none empty",
-                    "Add the leading axis D = 1 if it is missing",
-                )
+            if not 3 <= array.ndim <= 8 or 0 in array.shape:
+                raise _malformed_shape(name, array.shape)
             self._tensors[name] = np.ascontiguousarray(array, np.float32)
 
     def __getitem__(self, name: str) -> Array:
@@ -106,7 +102,7 @@ class Deltas(Mapping[str, Array]):
                 "Expected the metadata `hywu.deltas` = `1`",
                 "Convert a PEFT adapter with `hywu deltas convert`",
             )
-        return cls({name: _to_array(name, entry) for name, entry in entries})
+        return cls({name: _to_array(name, entry) for name, entry in sorted(entries, key=lambda e: e[0])})
 
     def save(self, path: str | Path) -> None:
         """Writes a delta file, whole or not at all; equal sets give equal bytes.
@@ -157,9 +153,9 @@ class Deltas(Mapping[str, Array]):
         for name in first:
             scales = [np.float32(1 if name.endswith(".lora_A") else weight) for _, weight in parts]
             pieces = [deltas[name] * scale for (deltas, _), scale in zip(parts, scales)]
-            pieces = [np.broadcast_to(piece, (batch, *piece.shape[1:])) for piece in pieces]
             try:
-                tensors[name] = np.concatenate(pieces, _rank_axis(name, pieces[0]))
+                wide = [np.broadcast_to(piece, (batch, *piece.shape[1:])) for piece in pieces]
+                tensors[name] = np.concatenate(wide, _rank_axis(name, pieces[0]))
             except ValueError:
                 raise _shape_error(
                     name, [list(piece.shape) for piece in pieces], "equal shapes but for the rank"
@@ -207,7 +203,12 @@ class Deltas(Mapping[str, Array]):
             raise DeltaError(
                 f"There is no sample {sample}", f"The set is for {self.batch}", "Choose one of these"
             )
-        return Deltas({name: t[sample : sample + 1] if t.shape[0] > 1 else t for name, t in self.items()})
+        tensors = {}
+        for name, tensor in self.items():
+            if tensor.shape[0] not in (1, self.batch):
+                raise _shape_error(name, list(tensor.shape), "one D for all tensors")
+            tensors[name] = tensor if tensor.shape[0] == 1 else tensor[sample : sample + 1]
+        return Deltas(tensors)
 
     def pad(self, spec: DeltaSpec) -> Deltas:
         """The same deltas with every rank filled up with zeros to the bundle's, which changes nothing."""
@@ -271,6 +272,8 @@ def _pad(tensor: Array, axis: int, rank: int) -> Array:
 
 def _to_array(name: str, entry: Mapping[str, Any]) -> npt.NDArray[Any]:
     """A tensor as safetensors gives it: dtype word, shape, bytes."""
+    if len(entry["shape"]) > 8:  # more than NumPy takes, perhaps
+        raise _malformed_shape(name, entry["shape"])
     if entry["dtype"] == "BF16":  # the upper half of a float32
         words = np.frombuffer(entry["data"], "<u2").astype(np.uint32) << 16
         return words.view(np.float32).reshape(entry["shape"])
@@ -278,7 +281,7 @@ def _to_array(name: str, entry: Mapping[str, Any]) -> npt.NDArray[Any]:
     if entry["dtype"] not in dtypes:
         raise DeltaError(
             f"Delta {show(name, 200)} has dtype {entry['dtype']}",
-            "Expected F32, F16 or BF16",
+            "Expected F32, F16, BF16 or F64",
             "Store it as float32",
         )
     return np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])
@@ -303,6 +306,14 @@ def _same_names(expected: set[str], found: set[str], whose: str) -> None:
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(show(name, 200) for name in names[:3]) + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
+
+
+def _malformed_shape(name: str, shape: Sequence[int]) -> DeltaError:
+    return DeltaError(
+        f"Delta {show(name)} has shape {list(shape)}",
+        "Expected [D, …] with 3 to 8 axes, none empty",
+        "Add the leading axis D = 1 if it is missing",
     )
 
 

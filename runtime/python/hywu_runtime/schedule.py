@@ -52,7 +52,7 @@ class Schedule:
         self._tables = {name: self._table(tensors, name) for name in section.samplers}
         widths = {table[2].shape[1] for table in self._tables.values()}
         if len(widths) > 1:
-            raise _damaged(f"the samplers of {path.name} have {sorted(widths)} coefficients")
+            raise _damaged(f"The samplers of {path.name} have {sorted(widths)} coefficients")
         self.width = widths.pop()
 
     def _table(
@@ -69,19 +69,19 @@ class Schedule:
             if tensor is None or tensor.dtype != dtype or tensor.ndim != ndim:
                 found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
                 raise _damaged(
-                    f"the schedule tensor {name}.{key} is {found}, not {dtype} with {ndim} dimensions"
+                    f"The schedule tensor {name}.{key} is {found}, not {dtype} with {ndim} dimensions"
                 )
             parts.append(tensor)
         offsets, timesteps, coefficients, initial = parts
         sound = (
             len(offsets) == len(initial) + 1 >= 2
             and offsets[0] == 0
-            and bool(np.all(np.diff(offsets) >= 0))
+            and bool(np.all(offsets[1:] >= offsets[:-1]))
             and offsets[-1] == len(timesteps) == len(coefficients)
             and all(bool(np.isfinite(part).all()) for part in (timesteps, coefficients, initial))
         )
         if not sound:
-            raise _damaged(f"the schedule of sampler {name} is inconsistent or not finite")
+            raise _damaged(f"The schedule of sampler {name} is inconsistent or not finite")
         return offsets, timesteps, coefficients, initial
 
     def accepted(self, sampler: str) -> list[int]:
@@ -132,7 +132,7 @@ def ranges(numbers: list[int]) -> str:
 
 def _damaged(problem: str) -> BundleError:
     return BundleError(
-        problem[0].upper() + problem[1:],
+        problem,
         "Expected the tables that docs/bundle.md describes",
         "Copy or export the bundle again",
     )

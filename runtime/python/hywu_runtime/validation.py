@@ -31,6 +31,7 @@ _SOURCE_KEYS: dict[str, tuple[str, ...]] = {
     "gate": (),
     "input": (),
 }
+_MAX_PORTS = 2**20  # of all calls; a graph is listed once and may be called often
 _OPTIONAL_KEYS = ("text", "constant", "tokenizer", "of", "draw", "column", "guidance")
 
 
@@ -190,10 +191,11 @@ def _shape(m: Manifest, where: str, shape: tuple[int | str, ...]) -> None:
             _known(where, dimension, m.axes, "an axis")
     size = math.prod(d if isinstance(d, int) else (m.axes[d].min or 1) for d in shape)
     if size > 2**40:
-        raise malformed(where, f"has at least {size} elements", "a tensor that a machine could hold")
+        raise malformed(where, "has more than 2^40 elements", "a tensor that a machine could hold")
 
 
 def _tensors(m: Manifest) -> None:
+    scales = {guidance.name for guidance in m.guidance}
     for name, tensor in m.tensors.items():
         where = f"tensors[{show(name)}]"
         _shape(m, f"{where}.shape", tensor.shape)
@@ -204,14 +206,14 @@ def _tensors(m: Manifest) -> None:
                 raise malformed(f"{where}.{key}", f"does not go with source {tensor.source}", "no such key")
             if not given and key in allowed and key not in ("text", "constant"):
                 raise malformed(f"{where}.{key}", "is missing", f"it with source {tensor.source}")
-        _source(m, where, tensor)
+        _source(m, where, tensor, scales)
     if m.deltas is not None:
         for name in m.deltas.tensors:
             if name in m.tensors:
                 raise malformed(f"tensors[{show(name)}]", "is a delta", "deltas in `deltas` alone")
 
 
-def _source(m: Manifest, where: str, tensor: ProvidedTensor) -> None:
+def _source(m: Manifest, where: str, tensor: ProvidedTensor, scales: set[str]) -> None:
     """What each source fixes about a tensor's dtype and shape."""
     integers, floats = ("int32", "int64"), ("float32",)
     batch = ("batch",)
@@ -243,7 +245,7 @@ def _source(m: Manifest, where: str, tensor: ProvidedTensor) -> None:
         ):
             raise malformed(f"{where}.shape", f"is {list(tensor.shape)}", "[K], an integer")
     elif tensor.source == "guidance":
-        _known(f"{where}.guidance", tensor.guidance or "", {g.name for g in m.guidance}, "a guidance scale")
+        _known(f"{where}.guidance", tensor.guidance or "", scales, "a guidance scale")
         _fixed(where, tensor, floats, batch)
     elif tensor.source == "gate":
         _fixed(where, tensor, floats, batch)
@@ -275,10 +277,16 @@ def _graphs(m: Manifest) -> None:
 
 
 def _program(m: Manifest) -> None:
+    ports = 0
     for i, call in enumerate(m.program):
         where = f"program[{i}]"
         _known(f"{where}.graph", call.graph, m.graphs, "a graph of this bundle")
         graph = m.graphs[call.graph]
+        ports += len(graph.inputs) + len(graph.outputs)
+        if ports > _MAX_PORTS:
+            raise malformed(
+                "program", "has more than 2^20 inputs and outputs", "a program that a machine could run"
+            )
         for side, mapping, values in (
             ("inputs", call.inputs, graph.inputs),
             ("outputs", call.outputs, graph.outputs),

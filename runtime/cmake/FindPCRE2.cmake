@@ -1,0 +1,20 @@
+# PCRE2::8BIT, PCRE2_VERSION: the 8-bit library of PCRE2, shared or static.
+include(FindPackageHandleStandardArgs)
+find_path(PCRE2_INCLUDE_DIR pcre2.h)
+find_library(PCRE2_LIBRARY NAMES pcre2-8 pcre2-8-static)
+if(PCRE2_INCLUDE_DIR)
+  file(STRINGS ${PCRE2_INCLUDE_DIR}/pcre2.h lines REGEX "^#define PCRE2_(MAJOR|MINOR) +[0-9]+$")
+  string(REGEX MATCHALL "[0-9]+(;|$)" numbers "${lines}")
+  string(REGEX REPLACE "([0-9]+);+([0-9]+).*" "\\1.\\2" PCRE2_VERSION "${numbers}")
+endif()
+find_package_handle_standard_args(PCRE2 REQUIRED_VARS PCRE2_LIBRARY PCRE2_INCLUDE_DIR VERSION_VAR PCRE2_VERSION)
+mark_as_advanced(PCRE2_INCLUDE_DIR PCRE2_LIBRARY)
+if(PCRE2_FOUND AND NOT TARGET PCRE2::8BIT)
+  add_library(PCRE2::8BIT UNKNOWN IMPORTED)
+  set_target_properties(PCRE2::8BIT PROPERTIES
+    IMPORTED_LOCATION ${PCRE2_LIBRARY} INTERFACE_INCLUDE_DIRECTORIES ${PCRE2_INCLUDE_DIR}
+    INTERFACE_COMPILE_DEFINITIONS PCRE2_CODE_UNIT_WIDTH=8)
+  if(PCRE2_LIBRARY MATCHES "\\.(a|lib)$")
+    set_property(TARGET PCRE2::8BIT APPEND PROPERTY INTERFACE_COMPILE_DEFINITIONS PCRE2_STATIC)
+  endif()
+endif()
