@@ -116,8 +116,8 @@ def _quality(report: Report) -> str:
     how = (
         "the variant’s own graphs ran on ONNX Runtime."
         if image.measured == "runtime"
-        else "emulated: FP32 graphs on ONNX Runtime in which the result of every narrow node is rounded, as ONNX "
-        "Runtime’s CPU does not compute in that type."
+        else "emulated: FP32 graphs on ONNX Runtime in which the result of every narrow node is rounded, as "
+        "ONNX Runtime’s CPU does not compute in that type."
     )
     means = {name: quality.psnr_db for name, quality in rows if quality is not None}
     return _section(
@@ -222,12 +222,13 @@ def _layers(report: Report) -> str:
         if any(dot.hollow for dots in panels.values() for dot in dots)
         else ""
     )
+    plots = "".join(layers(name, dots, ordered.values()) for name, dots in ordered.items())
     return _section(
         "Layers",
         "Signal to noise of each layer’s output against FP32, in the order of the graph: higher is better."
         + note,
         legend
-        + f'<div class="panels">{"".join(layers(name, dots, ordered.values()) for name, dots in ordered.items())}</div>'
+        + f'<div class="panels">{plots}</div>'
         + f"<details><summary>The {len(worst)} lowest</summary><table>{head}{rows}</table></details>",
     )
 
@@ -263,7 +264,8 @@ def _size(report: Report) -> str:
     rows = sorted(report.size.components.items(), key=lambda item: (-item[1][0], item[0]))
     rows.append(("total", (report.size.fp32_bytes, report.size.variant_bytes)))
     widest = max(max(pair) for _, pair in rows[:-1])
-    head = "<tr><th>component</th><th></th><th class='number'>FP32</th><th class='number'>variant</th><th class='number'>ratio</th></tr>"
+    head = "<tr><th>component</th><th></th><th class='number'>FP32</th>"
+    head += "<th class='number'>variant</th><th class='number'>ratio</th></tr>"
     body = "".join(
         f"<tr{' class=total' if name == 'total' else ''}><td>{escape(name)}</td>"
         f"<td>{bars(before, after, widest) if name != 'total' else ''}</td>"

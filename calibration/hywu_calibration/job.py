@@ -173,7 +173,7 @@ class _Job:
     def _record(self) -> None:
         try:
             self.recordings.make(
-                self.bundle, self.backend, strength=self.data.strength, deltas=self.data.deltas,
+                self.bundle, strength=self.data.strength, deltas=self.data.deltas,
                 progress=self.work.stage("edits"),
             )  # fmt: skip
         except DeltaError:

@@ -1,4 +1,4 @@
-"""Small plots as inline SVG; colours are classes of the page's style sheet, texts on the dots are native tool tips."""
+"""Small plots as inline SVG; colours are classes of the page's style sheet, texts on dots tool tips."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def strip(rows: Mapping[str, Sequence[Dot]], means: Mapping[str, float], target:
         parts.append(
             f'<line class="target" x1="{at:.1f}" x2="{at:.1f}" y1="{top - 6:.1f}" y2="{bottom:.1f}"/>'
         )
+        anchor = "end" if at > 900 else "middle"
         parts.append(
-            f'<text class="target-label" x="{at:.1f}" y="{top - 10:.1f}" text-anchor="{"end" if at > 900 else "middle"}">'
+            f'<text class="target-label" x="{at:.1f}" y="{top - 10:.1f}" text-anchor="{anchor}">'
             f"asked for {target:g}</text>"
         )
     for row, (name, dots) in enumerate(rows.items()):
@@ -77,7 +78,8 @@ def bars(before: int, after: int, widest: int) -> str:
     """Two bars, one above the other, in units of ``widest``."""
     width = 220.0
     parts = [
-        f'<rect class="{kind}" x="0" y="{y}" width="{max(1.0, width * size / max(widest, 1)):.1f}" height="6" rx="1.5"/>'
+        f'<rect class="{kind}" x="0" y="{y}" height="6" rx="1.5" '
+        f'width="{max(1.0, width * size / max(widest, 1)):.1f}"/>'
         for kind, y, size in (("before", 0, before), ("after", 8, after))
     ]
     return _svg(width, 14, parts)
@@ -85,7 +87,8 @@ def bars(before: int, after: int, widest: int) -> str:
 
 def _circle(dot: Dot, x: float, y: float, radius: float) -> str:
     kind = "hollow" if dot.hollow else "dot"
-    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"><title>{escape(dot.text)}</title></circle>'
+    title = f"<title>{escape(dot.text)}</title>"
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">{title}</circle>'
 
 
 def _vertical_grid(ticks: Sequence[float], x: object, top: float, bottom: float) -> list[str]:
@@ -97,7 +100,8 @@ def _vertical_grid(ticks: Sequence[float], x: object, top: float, bottom: float)
         anchor = "end" if unit else "middle"
         parts.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
         parts.append(
-            f'<text x="{at + (12 if unit else 0):.1f}" y="{bottom + 17:.1f}" text-anchor="{anchor}">{tick:g}{unit}</text>'
+            f'<text x="{at + (12 if unit else 0):.1f}" y="{bottom + 17:.1f}" text-anchor="{anchor}">'
+            f"{tick:g}{unit}</text>"
         )
     return parts
 

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hywu_calibration.samples import Sample
-from hywu_runtime.backends import Backend, Binding, DeviceTensor, Session
+from hywu_runtime.backends import Binding, DeviceTensor, Session
+from hywu_runtime.backends.onnxruntime import OnnxRuntime
 from hywu_runtime.bundle import Bundle, Weight
 from hywu_runtime.errors import DeltaError
 from hywu_runtime.files import write_atomically
@@ -57,31 +58,27 @@ class _Tape:
         return graph not in self.steps or number in self.evaluations
 
 
-class RecordingBackend:
-    """A backend that notes the inputs of the graphs which another one runs.
+class RecordingBackend(OnnxRuntime):
+    """ONNX Runtime's CPU, noting the inputs of the graphs that it runs.
 
     Sessions outlive editors; of graphs that use the same weights one at a time is kept, because a large model
     fits once.
     """
 
-    def __init__(self, backend: Backend, bundle: Bundle):
-        self._backend = backend
+    def __init__(self, bundle: Bundle):
+        super().__init__("ort-cpu", 0, None)
         manifest = bundle.manifest
-        self.name = backend.name
         self.tape = _Tape(frozenset(c.graph for c in manifest.program if c.phase == "step"))
         self._graphs = {bundle.file(graph.file): name for name, graph in manifest.graphs.items()}
         self._sessions: dict[str, Session] = {}
 
-    def allocate(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
-        return self._backend.allocate(shape, dtype)
-
-    def load(self, file: Path, weights: Mapping[str, Weight]) -> Session:
+    def load(self, file: Path, weights: Mapping[str, Weight]) -> Any:
         graph = self._graphs[file]
         if graph not in self._sessions:
             if graph in self.tape.steps:
                 for other in self.tape.steps:
                     self._sessions.pop(other, None)
-            self._sessions[graph] = self._backend.load(file, weights)
+            self._sessions[graph] = super().load(file, weights)
         return _RecordingSession(self._sessions[graph], graph, self.tape)
 
 
@@ -118,7 +115,6 @@ class Recordings:
     def make(
         self,
         bundle: Bundle,
-        backend: Backend,
         *,
         strength: float = 1.0,
         deltas: Sequence[Deltas] = (),
@@ -136,7 +132,7 @@ class Recordings:
         """
         from hywu_runtime import Editor
 
-        recorder = RecordingBackend(backend, bundle)
+        recorder = RecordingBackend(bundle)
         # Samples with and without guidance use different graphs of the same weights: one after the other.
         todo = sorted(self.samples, key=lambda s: (s.guided, s.number))
         for done, sample in enumerate(todo):

@@ -44,7 +44,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Quality:
-    """Edited pictures against FP32. ``psnr_db`` is the mean over the edits, ``least_psnr_db`` the worst one."""
+    """Edited pictures against FP32. ``psnr_db`` is the mean over edits, ``least_psnr_db`` the worst one."""
 
     psnr_db: float
     least_psnr_db: float
@@ -120,7 +120,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Samples:
-    """What was run: ``count`` edits for the ranges, of so many photographs and prompts, ``steps`` evaluations each."""
+    """What was run for the ranges: ``count`` edits of so many photographs, prompts and ``steps``."""
 
     count: int
     photographs: int
@@ -131,7 +131,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Target:
-    """What was asked for: every edit at least ``min_psnr_db``, with at most a share ``max_wide`` of the layers wide."""
+    """What was asked for: each edit at least ``min_psnr_db``, a share of at most ``max_wide`` wide."""
 
     min_psnr_db: float
     max_wide: float
@@ -164,13 +164,13 @@ class Report:
 
     @property
     def met(self) -> bool | None:
-        """Whether the pictures with deltas on (off, without deltas) are as good as asked; None if nothing was."""
+        """Whether the pictures with deltas on (off, without deltas) are as asked; None if nothing was."""
         quality = self.final_image.deltas_on or self.final_image.deltas_off
         return None if self.target is None else quality.least_psnr_db >= self.target.min_psnr_db
 
     @property
     def wide_layers(self) -> int:
-        """How many layers are wider than most: in INT8 variants those without INT8, otherwise those in FP32."""
+        """How many layers are wider than most: in INT8 variants those without INT8, else those in FP32."""
         narrow = {"int8": "int8", "int8-weights": "int8-weights"}.get(self.precision)
         return sum(x.precision != narrow if narrow else x.precision == "fp32" for x in self.layers)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hywu_runtime.backends import DeviceTensor, Session
 from hywu_runtime.backends.onnxruntime import OnnxRuntime, OrtSession
 from hywu_runtime.bundle import Bundle, Weight
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 _INLINE_BYTES = 1024
 
 
-def load_model(model: ir.Model, backend: OnnxRuntime | None = None, name: str = "graph") -> OrtSession:
+def load_model(model: ir.Model, name: str = "graph") -> OrtSession:
     """A session of a model; its weights stay where they are mapped.
 
     Raises:
@@ -44,30 +43,25 @@ def load_model(model: ir.Model, backend: OnnxRuntime | None = None, name: str = 
     with tempfile.TemporaryDirectory(prefix="hywu-") as folder:
         file = Path(folder) / f"{name}.onnx"
         file.write_bytes(ir.to_proto(model).SerializeToString())
-        return (backend or OnnxRuntime("ort-cpu", 0, None)).load(file, weights)
+        return OnnxRuntime("ort-cpu", 0, None).load(file, weights)
 
 
-class ModelBackend:
-    """A backend that runs models in memory in place of a bundle's own graphs.
+class ModelBackend(OnnxRuntime):
+    """ONNX Runtime's CPU, running models in memory in place of a bundle's own graphs.
 
     Args:
         models: by graph; the others run from the bundle. They have the bundle's signatures.
     """
 
-    def __init__(self, bundle: Bundle, models: Mapping[str, ir.Model], backend: OnnxRuntime | None = None):
-        self._backend = backend or OnnxRuntime("ort-cpu", 0, None)
-        self.name = self._backend.name
+    def __init__(self, bundle: Bundle, models: Mapping[str, ir.Model]):
+        super().__init__("ort-cpu", 0, None)
         self._models = {
             bundle.file(bundle.manifest.graphs[name].file): (name, m) for name, m in models.items()
         }
 
-    def allocate(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
-        """See :class:`hywu_runtime.backends.Backend`."""
-        return self._backend.allocate(shape, dtype)
-
-    def load(self, file: Path, weights: Mapping[str, Weight]) -> Session:
+    def load(self, file: Path, weights: Mapping[str, Weight]) -> OrtSession:
         """See :class:`hywu_runtime.backends.Backend`."""
         if file in self._models:
             name, model = self._models[file]
-            return load_model(model, self._backend, name)
-        return self._backend.load(file, weights)
+            return load_model(model, name=name)
+        return super().load(file, weights)

@@ -33,8 +33,8 @@ LEAST_FP16 = 2.0**-14
 PRODUCTS = frozenset(["MatMul", "Gemm", "Conv"])
 WIDE_OPERATORS = frozenset(
     [
-        "Cos", "Erf", "Exp", "InstanceNormalization", "LayerNormalization", "Log", "Pow", "Range", "Reciprocal",
-        "ReduceMax", "ReduceMean", "ReduceSum", "Sin", "Softmax", "Sqrt",
+        "Cos", "Erf", "Exp", "InstanceNormalization", "LayerNormalization", "Log", "Pow", "Range",
+        "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum", "Sin", "Softmax", "Sqrt",
     ]
 )  # fmt: skip
 QUANTIZERS = frozenset(["DequantizeLinear", "QuantizeLinear"])

@@ -207,8 +207,9 @@ def test_same_model_same_bytes() -> None:
 @pytest.mark.rtx
 def test_tensorrt_rtx_parses_it() -> None:
     pytest.importorskip("tensorrt_rtx")
-    from hywu_export.passes.half import to_half
     from hywu_export.tracing.rtx import parser_errors
+
+    from hywu_export.passes.half import to_half
 
     narrow = to_half(quantize(model(), plan(True)), "fp16", ())
     assert parser_errors(ir.to_proto(narrow).SerializeToString()) == []
