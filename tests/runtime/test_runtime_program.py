@@ -673,3 +673,14 @@ def test_every_damaged_file_gives_our_error(tmp_path: Path) -> None:
         file.write_bytes(whole)
     with Editor.load(tmp_path / "b", verify=True) as editor:
         edit(editor, photo(), "x")
+
+
+def test_what_is_made_of_a_callers_tensor_is_not_kept(toy: Path) -> None:
+    with Editor.load(toy) as fresh:
+        expected = edit(fresh, photo(), "hello", steps=2)
+    with Editor.load(toy) as editor:
+        other = edit(
+            editor, photo(), "hello", steps=2, inputs={"ids.base": np.full((1, 8), 3, np.int64)}
+        )  # read by a load call
+        assert not np.array_equal(other, expected)
+        np.testing.assert_array_equal(edit(editor, photo(), "hello", steps=2), expected)

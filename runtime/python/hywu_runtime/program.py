@@ -247,10 +247,18 @@ class Executor:
     def _run_load(self, plan: Plan) -> None:
         batch = self._axes["batch"]
         self._fixed = {}
+        of_request = set(
+            plan.given
+        )  # the caller's tensors, and what is made from them: nothing of it is kept
         for i in plan.calls["load"]:
+            call = self._manifest.program[i]
+            if of_request.intersection(self._manifest.reads(call).values()):
+                self._timed(i, self._binding(i, _FIRST))
+                of_request.update(self._manifest.writes(call).values())
+                continue
             if (i, batch) not in self._constants:
                 self._timed(i, self._binding(i, _FIRST))
-                names = self._manifest.writes(self._manifest.program[i]).values()
+                names = self._manifest.writes(call).values()
                 self._constants[i, batch] = {
                     name: self._buffers.pop(self._target(name, _FIRST)) for name in names
                 }
