@@ -46,6 +46,8 @@ def load_graph(bundle: Bundle, graph: str, variant: str | None = None) -> ir.Mod
     links = bundle.manifest.linked.get(file, {})
     for name, weight in bundle.initializers(file).items():
         model.graph.initializers[name].const_value = LinkedWeight(weight, links[name], name)
+    for number, node in enumerate(model.graph):  # passes speak of nodes by name
+        node.name = node.name or f"{node.op_type}.{number}"
     return model
 
 

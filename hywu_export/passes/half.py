@@ -106,7 +106,7 @@ def emulate(model: ir.Model) -> ir.Model:
     """
     copy = model.clone()
     graph = copy.graph
-    types = _types(graph)
+    types = value_types(graph)
     narrow = set(DTYPES.values())
     for value in list(graph.initializers.values()):
         if types[value] in narrow and value.const_value is not None:
@@ -181,7 +181,7 @@ def _replace_by_identity(graph: ir.Graph, node: ir.Node) -> None:
 def structure(model: ir.Model, dtype: Half) -> dict[str, str]:
     """The nodes that stay in FP32 whatever the numbers are: name to reason."""
     graph = model.graph
-    types = _types(graph)
+    types = value_types(graph)
     reasons: dict[ir.Node, str] = {}
     before, after = _rim(graph, types)
     for node in graph:
@@ -232,8 +232,8 @@ def _rim(graph: ir.Graph, types: Types) -> tuple[set[ir.Node], set[ir.Node]]:
     )
 
 
-def _types(graph: ir.Graph) -> Types:
-    """The type of every value, as far as it matters whether it is a floating-point one."""
+def value_types(graph: ir.Graph) -> Types:
+    """The type of every value, as far as it matters which floating-point one it is."""
     types: Types = {v: v.dtype for v in (*graph.inputs, *graph.initializers.values())}
     for node in graph:
         for output in node.outputs:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from hywu_export.passes.half import value_types
 from hywu_export.passes.quiet import quiet
 from hywu_runtime.errors import UnsupportedError
 
@@ -88,6 +89,9 @@ OPERATORS = frozenset(
 )
 """Operators that graphs may use: what editors need, each parsed by TensorRT-RTX in the tests."""
 
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_OWN_TYPES = ("DequantizeLinear", "QuantizeLinear", "Resize")
+"""Operators whose floating-point inputs may differ."""
 _MACHINE_PATH = re.compile(r"""(?:^|[\s'"(=,:])(?:/[\w.+-]+/[\w.+-]|~/|[A-Za-z]:[\\/]|file:)""")
 
 
@@ -133,6 +137,8 @@ def lint(
             inferred = _infer(model)
             findings += _frozen(model.graph, inferred.graph)
             findings += _types(inferred.graph)
+            findings += _precision(model.graph)
+            findings += _quantization(model.graph)
     return findings
 
 
@@ -269,6 +275,43 @@ def _types(graph: ir.Graph) -> Iterator[Finding]:
             yield Finding(
                 "uint8", str(value.name), "uint8 is allowed only between a Cast and an input or output"
             )
+
+
+def _precision(graph: ir.Graph) -> Iterator[Finding]:
+    """A node computes in one floating-point type: strongly typed engines convert nothing by themselves."""
+    known = value_types(graph)
+    for node in graph:
+        if node.op_type in _OWN_TYPES:
+            continue
+        types = {known.get(v) for v in node.inputs if v is not None} & set(_FLOATS)
+        if len(types) > 1:
+            names = ", ".join(sorted(str(t) for t in types))
+            yield Finding("precision", node.name or node.op_type, f"{node.op_type} reads {names}")
+
+
+def _quantization(graph: ir.Graph) -> Iterator[Finding]:
+    """Q and DQ in the one form that TensorRT from 10.3 on fuses (passes.quantize)."""
+    known = value_types(graph)
+    for node in graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        where, quantizes = node.name or node.op_type, node.op_type == "QuantizeLinear"
+        readers = [use.node for use in node.outputs[0].uses()]
+        allowed = ("DequantizeLinear",) if quantizes else ("Conv", "Gemm", "MatMul")
+        for reader in readers:
+            if reader.op_type not in allowed:
+                yield Finding("quantization", where, f"{reader.op_type} {reader.name!r} stands behind it")
+        scale, zero = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+        if scale is None or scale.const_value is None:
+            yield Finding("quantization", where, "its scale is no constant")
+        elif not (scale.const_value.numpy() > 0).all():
+            yield Finding("quantization", where, "a scale is not positive")
+        elif quantizes and node.inputs[0] is not None and known.get(node.inputs[0]) != scale.dtype:
+            yield Finding("quantization", where, f"its scale is {scale.dtype}, what it reads is not")
+        if zero is not None and (
+            zero.dtype != ir.DataType.INT8 or zero.const_value is None or zero.const_value.numpy().any()
+        ):
+            yield Finding("quantization", where, "its zero point is not INT8 zero")
 
 
 def _beside_cast(value: ir.Value) -> bool:

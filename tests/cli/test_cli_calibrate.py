@@ -120,7 +120,7 @@ def test_layers_are_what_the_report_says(int8: tuple[Path, Any]) -> None:
 @pytest.mark.rtx
 def test_tensorrt_rtx_parses_every_graph(int8: tuple[Path, Any]) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from hywu_export.tracing.rtx import parser_errors
+    from hywu_export.engines.tensorrt import parser_errors
 
     folder, _ = int8
     for file in Manifest.read(folder).variants["int8"].graphs.values():

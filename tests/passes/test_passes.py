@@ -303,3 +303,36 @@ def _operator_model(operator: str) -> bytes:
 def test_tensorrt_rtx_parses_every_allowed_operator(operator: str) -> None:
     pytest.importorskip("tensorrt_rtx")
     assert rtx.parser_errors(_operator_model(operator)) == []
+
+
+QUANTIZED = """g (float[batch, 4] x) => (float[batch, 2] y)
+    <float s = {0.1}, int8 z = {0}, int8[4, 2] w = {1,2,3,4,5,6,7,8}, float[2] ws = {0.1,0.1}>
+    { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)
+      v = DequantizeLinear<axis=1>(w, ws) y = MatMul(d, v) }"""
+
+
+def test_lint_takes_quantization_in_its_form() -> None:
+    assert rules(model_of(QUANTIZED)) == set()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("y = MatMul(d, v)", "t = Identity(v) y = MatMul(d, t)", "Identity"),
+        ("d = DequantizeLinear(q, s, z)", "r = Identity(q) d = DequantizeLinear(r, s, z)", "Identity"),
+        ("int8 z = {0}", "int8 z = {1}", "zero point"),
+        ("float s = {0.1}", "float s = {0}", "positive"),
+        ("q = QuantizeLinear(x, s, z)", "k = Neg(s) q = QuantizeLinear(x, k, z)", "no constant"),
+    ],
+)
+def test_lint_finds_quantization_in_another_form(old: str, new: str, message: str) -> None:
+    assert old in QUANTIZED
+    findings = lint(model_of(QUANTIZED.replace(old, new)), AXES)
+    assert {f.rule for f in findings} == {"quantization"}
+    assert all(message in f.message for f in findings)
+
+
+def test_lint_finds_mixed_precision() -> None:
+    mixed = """g (float[batch, 4] x) => (float[batch, 4] y)
+        { h = Cast<to=10>(x) m = Add(h, x) y = Cast<to=1>(m) }"""
+    assert "precision" in rules(model_of(mixed))

@@ -207,7 +207,7 @@ def test_same_model_same_bytes() -> None:
 @pytest.mark.rtx
 def test_tensorrt_rtx_parses_it() -> None:
     pytest.importorskip("tensorrt_rtx")
-    from hywu_export.tracing.rtx import parser_errors
+    from hywu_export.engines.tensorrt import parser_errors
 
     from hywu_export.passes.half import to_half
 
