@@ -196,3 +196,25 @@ def lora_bundle(pair: Pair, once: Callable[[str, Callable[[Path], None]], Path])
         export(folder, pair.base, options=ExportOptions(targets=LORA_TARGETS, max_rank=8, max_steps=12))
 
     return once("lora_bundle", make)
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """The exported demo pair: that of `make demo`, or one made now."""
+    from hywu_runtime import Bundle
+    from hywu_runtime.errors import HywuError
+
+    made = Path(__file__).parents[1] / "out" / "bundle"
+    try:
+        Bundle.open(made)
+        return made
+    except HywuError:
+        pass
+
+    def make(folder: Path) -> None:
+        from hywu_export import export
+
+        demo = Path(__file__).parents[1] / "demo"
+        export(folder, demo / "base", demo / "generator")
+
+    return once("demo_bundle", make)

@@ -68,24 +68,3 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("toy") / "bundle"
     toy_bundle.write_bundle(path)
     return path
-
-
-@pytest.fixture(scope="session")
-def demo_bundle(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
-    """The exported demo pair: that of `make demo`, or one made now."""
-    from hywu_runtime import Bundle
-    from hywu_runtime.errors import HywuError
-
-    made = ROOT / "out" / "bundle"
-    try:
-        Bundle.open(made)
-        return made
-    except HywuError:
-        pass
-
-    def make(folder: Path) -> None:
-        from hywu_export import export
-
-        export(folder, ROOT / "demo" / "base", ROOT / "demo" / "generator")
-
-    return once("demo_bundle", make)

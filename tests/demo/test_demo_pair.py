@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,8 @@ PHOTO = demo.HERE / "photos" / "coffee.jpg"
 
 
 @pytest.fixture(scope="module")
-def editor(once: Callable[[str, Callable[[Path], None]], Path]) -> Iterator[Editor]:
-    def make(folder: Path) -> None:
-        from hywu_export import export
-
-        export(folder, demo.HERE / "base", demo.HERE / "generator")
-
-    with Editor.load(once("demo_bundle", make)) as editor:
+def editor(demo_bundle: Path) -> Iterator[Editor]:
+    with Editor.load(demo_bundle) as editor:
         yield editor
 
 

@@ -208,7 +208,6 @@ def test_same_model_same_bytes() -> None:
 def test_tensorrt_rtx_parses_it() -> None:
     pytest.importorskip("tensorrt_rtx")
     from hywu_export.engines.tensorrt import parser_errors
-
     from hywu_export.passes.half import to_half
 
     narrow = to_half(quantize(model(), plan(True)), "fp16", ())
