@@ -52,7 +52,9 @@ TEST_CASE("ids are those of the tokenizers library") {
     std::ifstream file(core::path_of(HYWU_SOURCE_DIR) / "tests/text/golden.json");
     const auto golden = nlohmann::json::parse(file);
     REQUIRE(golden.size() >= 8);
-    for (const auto& [name, tokenizer] : golden.items()) {
+    for (const auto& entry : golden.items()) {  // no structured bindings: CAPTURE makes lambdas
+        const std::string& name = entry.key();
+        const auto& tokenizer = entry.value();
         CAPTURE(name);
         const std::string json =
             tokenizer.contains("file")
@@ -60,7 +62,9 @@ TEST_CASE("ids are those of the tokenizers library") {
                                   max_tokenizer_bytes)
                 : tokenizer["tokenizer"].dump();
         const Tokenizer encoder(json);
-        for (const auto& [text, ids] : tokenizer["ids"].items()) {
+        for (const auto& pair : tokenizer["ids"].items()) {
+            const std::string& text = pair.key();
+            const auto& ids = pair.value();
             CAPTURE(text);
             CHECK(encoder.encode(text).ids == ids.get<Ids>());
         }

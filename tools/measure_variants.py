@@ -2,7 +2,7 @@
 
 ::
 
-    python -m tools.measure_int8 BUNDLE VARIANT …
+    python -m tools.measure_variants BUNDLE VARIANT …
 
 Calibrate with the first three phrasings of every instruction (``--write-prompts FILE`` writes them) and any
 photographs but those of ``demo/photos``. This edits the six of ``demo/photos`` with the other two
@@ -19,7 +19,10 @@ import numpy as np
 
 from demo.recipe.operations import OPERATIONS
 from demo.run import HERE, psnr
-from hywu_runtime import Editor
+from hywu_calibration.sessions import ModelBackend
+from hywu_export.bundle.variants import load_graph
+from hywu_export.passes.half import emulate
+from hywu_runtime import Bundle, Editor
 
 CALIBRATION_PHRASINGS = 3
 
@@ -48,8 +51,11 @@ def compare(bundle: Path, variants: list[str]) -> None:
         for i, photo in enumerate(photos)
     ]
     pictures = {}
+    opened = Bundle.open(bundle)
     for variant in [None, *variants]:
-        with Editor.load(bundle, "ort-cpu", variant=variant) as editor:
+        graphs = () if variant is None else opened.manifest.variants[variant].graphs
+        models = {graph: emulate(load_graph(opened, graph, variant)) for graph in graphs}
+        with Editor(opened, ModelBackend(opened, models)) as editor:
             pictures[variant] = [editor.edit(photo, text, seed=1, output="array") for _, photo, text in cases]
     print("| variant | mean | worst | SQNR | " + " | ".join(o.name for o in OPERATIONS) + " |")
     print("|---|" + "---:|" * (3 + len(OPERATIONS)))
