@@ -43,7 +43,7 @@ def _parse_axes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     return axes
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Compile BUNDLE with TensorRT or TensorRT-RTX.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--backend",
