@@ -209,7 +209,7 @@ SPLITTERS += [
 BEHAVIOURS = ["removed", "isolated", "merged_with_previous", "merged_with_next", "contiguous"]
 
 
-@pytest.mark.parametrize("splitter", SPLITTERS, ids=str)
+@pytest.mark.parametrize("splitter", SPLITTERS, ids=range(len(SPLITTERS)))
 def test_splitting(tmp_path: Path, splitter: Any) -> None:
     texts = [
         "-",

@@ -94,7 +94,8 @@ void compose(std::vector<Classed>& text) {
     const std::size_t none = text.size();
     std::size_t starter = none, kept = 0;
     int last_class = -1;  // of the kept code points behind the starter; -1 if there are none
-    for (const Classed& next : std::vector<Classed>(text)) {
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const Classed next = text[i];  // kept <= i: what is still to be read is not written over
         if (starter != none && last_class < next.combining_class) {
             if (const char32_t composite = compose(text[starter].code_point, next.code_point)) {
                 text[starter].code_point = composite;
