@@ -49,7 +49,7 @@ class BundleParams(ctypes.Structure):
 class EditorParams(ctypes.Structure):
     _fields_ = [
         ("struct_size", _SZ), ("backend", _S), ("variant", _S), ("device", _I32), ("threads", _I32),
-        ("low_memory", _I32), ("reserved", _I32),
+        ("low_memory", _I32), ("reserved", _I32), ("engine", _S),
     ]  # fmt: skip
 
 
@@ -264,11 +264,12 @@ class Editor(Handle):
         verify: bool = False,
         sources: Mapping[str, Path] | None = None,
         variant: str | None = None,
+        engine: str | None = None,
     ) -> Editor:
         made = cls(library)
         library.check(
             "editor_load", str(path).encode(), bundle_params(library, verify, sources),
-            editor_params(library, backend, threads, low_memory, variant), made.out(),
+            editor_params(library, backend, threads, low_memory, variant, engine), made.out(),
         )  # fmt: skip
         return made
 
@@ -416,10 +417,16 @@ def bundle_params(library: Library, verify: bool, sources: Mapping[str, Path] | 
 
 
 def editor_params(
-    library: Library, backend: str | None, threads: int, low_memory: bool, variant: str | None
+    library: Library,
+    backend: str | None,
+    threads: int,
+    low_memory: bool,
+    variant: str | None,
+    engine: str | None = None,
 ) -> Any:
     params = library.init(EditorParams, "editor")
     params.backend = None if backend is None else backend.encode()
     params.variant = None if variant is None else variant.encode()
+    params.engine = None if engine is None else engine.encode()
     params.threads, params.low_memory = threads, int(low_memory)
     return ctypes.byref(params)

@@ -45,7 +45,7 @@ std::string of(const std::optional<std::string>& variant) {
 }
 
 // A word as Python's shlex.quote writes it.
-std::string quoted(const std::string& word) {
+std::string shell_word(const std::string& word) {
     constexpr std::string_view safe =
         "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-";
     if (!word.empty() && word.find_first_not_of(safe) == std::string::npos) return word;
@@ -246,7 +246,7 @@ std::string build_command(const std::filesystem::path& root, const Manifest& man
             add("--axis", axis + "=" + range_text(range));
         }
     }
-    for (std::string& word : words) word = quoted(word);
+    for (std::string& word : words) word = shell_word(word);
     return join(words, " ");
 }
 
