@@ -189,13 +189,15 @@ HYWU_API const char* hywu_bundle_engine(const hywu_bundle* bundle, size_t index)
 HYWU_API const char* hywu_backend(size_t index);
 /* Why a backend cannot be used here, or NULL if it can; valid until this thread asks again. */
 HYWU_API const char* hywu_backend_missing(const char* name);
-/* The version of the library behind a backend, or NULL if it cannot be used; valid until this thread asks again. */
+/* The version of the library behind a backend, or NULL if it cannot be used; valid until this thread asks
+ * again. */
 HYWU_API const char* hywu_backend_version(const char* name);
 
+/* The backend "auto" is, of tensorrt and tensorrt-rtx, the first for which the bundle has an engine that can
+ * be used here; else the best that runs the bundle's graphs as they are. */
 typedef struct hywu_editor_params {
     size_t struct_size;
-    const char* backend; /* NULL or "auto": of tensorrt and tensorrt-rtx the first for which the bundle has an
-                          * engine that can be used here, else the best that runs the bundle's graphs as they are */
+    const char* backend; /* NULL: "auto" */
     const char* variant; /* a precision variant of the bundle; NULL: its own graphs */
     int32_t device;      /* index of the GPU; -1: the first */
     int32_t threads;     /* CPU threads of one graph; 0: the backend decides */
@@ -235,8 +237,8 @@ typedef struct hywu_limits {
     int32_t default_steps; /* 0: no schedule */
     size_t sampler_count, guidance_count;
 } hywu_limits;
-/* Fills `limits`, whose struct_size the caller has set. On a backend that runs engines, batch and sizes are those
- * that its engines take, the sizes those of the newest. */
+/* Fills `limits`, whose struct_size the caller has set. On a backend that runs engines, batch and sizes are
+ * those that its engines take, the sizes those of the newest. */
 HYWU_API hywu_status hywu_editor_limits(const hywu_editor* editor, hywu_limits* limits);
 /* The samplers, the default first, and the scales of guidance, by index; NULL after the last. */
 HYWU_API const char* hywu_editor_sampler(const hywu_editor* editor, size_t index);

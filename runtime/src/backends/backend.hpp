@@ -105,7 +105,8 @@ public:
     // A new buffer of zeros. Throws Error(device) where there is no memory.
     virtual std::unique_ptr<DeviceTensor> allocate(core::Dtype dtype, const std::vector<int64_t>& shape) = 0;
 
-    // What engines (engines/<key>/*.plan) must have been built for; nothing where ONNX graphs run as they are.
+    // What engines (engines/<key>/*.plan) must have been built for; nothing where ONNX graphs run as they
+    // are.
     virtual std::optional<core::Target> target() const { return std::nullopt; }
 
     // The calls of one step as one unit, with copies (from first to second) after them. This default runs and

@@ -38,8 +38,8 @@ bool is_compiled(std::string_view name);
 // Throws Error(input) for options out of range.
 void check_options(const Options& options);
 
-// Makes the backend called `name`, or for `auto` the best that runs ONNX graphs as they are. Throws Error(input)
-// for an unknown name and options out of range, Error(device) where it cannot be used.
+// Makes the backend called `name`, or for `auto` the best that runs ONNX graphs as they are. Throws
+// Error(input) for an unknown name and options out of range, Error(device) where it cannot be used.
 std::unique_ptr<Backend> create_backend(std::string_view name, const Options& options,
                                         const std::vector<Entry>& among = entries());
 

@@ -43,11 +43,11 @@ struct OpenOptions {
 // An opened bundle. Its const members may be called from several threads at once.
 class Bundle {
 public:
-    // Reads the manifest and checks every file of the bundle. Those of engines are checked when they are used,
-    // or with `verify`: whatever happens to them, the bundle is sound.
-    // Throws Error(bundle): the manifest is invalid, or a file is missing, of another size or hash, or
-    // outside the bundle; a linked checkpoint is not the one that was exported. Error(input): `sources` names
-    // a source that the bundle does not have.
+    // Reads the manifest and checks every file of the bundle. Those of engines are checked when they are
+    // used, or with `verify`: whatever happens to them, the bundle is sound. Throws Error(bundle): the
+    // manifest is invalid, or a file is missing, of another size or hash, or outside the bundle; a linked
+    // checkpoint is not the one that was exported. Error(input): `sources` names a source that the bundle
+    // does not have.
     static Bundle open(const std::filesystem::path& path, const OpenOptions& options = {});
 
     Bundle(Bundle&&) noexcept;

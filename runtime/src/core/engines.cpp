@@ -131,21 +131,20 @@ std::vector<std::string> usable(const std::filesystem::path& root, const Manifes
     }
     if (!found.empty()) return found;
     if (obstacles.empty()) {
-        throw Error(ErrorKind::engine, "The bundle has no " + target.backend + " engine " + of(wanted),
-                    "Expected one of version " + target.version + " for compute capability " +
-                        target.capability,
-                    "Build it: " + build_command(root, manifest, target, wanted));
+        throw Error(
+            ErrorKind::engine, "The bundle has no " + target.backend + " engine " + of(wanted),
+            "Expected one of version " + target.version + " for compute capability " + target.capability,
+            "Build it: " + build_command(root, manifest, target, wanted));
     }
     std::string described;
     for (const auto& [candidate, problem] : obstacles) {
         described += (described.empty() ? "" : "; ") + ("engine " + candidate) + ": " + problem;
     }
-    throw Error(
-        ErrorKind::engine, "No engine " + of(wanted) + " can be used: " + described,
-        "Expected one for " + target.backend + " " + target.version + " and compute capability " +
-            target.capability,
-        "Build it: " + build_command(root, manifest, target, wanted,
-                                     manifest.engines.at(obstacles[0].first).shapes));
+    throw Error(ErrorKind::engine, "No engine " + of(wanted) + " can be used: " + described,
+                "Expected one for " + target.backend + " " + target.version + " and compute capability " +
+                    target.capability,
+                "Build it: " + build_command(root, manifest, target, wanted,
+                                             manifest.engines.at(obstacles[0].first).shapes));
 }
 
 std::string covering(const std::filesystem::path& root, const Manifest& manifest,
@@ -171,10 +170,9 @@ std::string covering(const std::filesystem::path& root, const Manifest& manifest
     const Engine& engine = manifest.engines.at(whole[0]);
     const std::string axis = *engine.covers(axes);
     const std::array<std::int64_t, 3>& range = engine.shapes.at(axis);
-    const std::string others =
-        whole.size() > 1
-            ? ", and the " + std::to_string(whole.size() - 1) + " other engines do not fit either"
-            : "";
+    const std::string others = whole.size() > 1 ? ", and the " + std::to_string(whole.size() - 1) +
+                                                      " other engines do not fit either"
+                                                : "";
     throw Error(ErrorKind::input, "Axis " + axis + " has size " + std::to_string(axes.at(axis)),
                 "Engine " + whole[0] + " takes " + std::to_string(range[0]) + " to " +
                     std::to_string(range[2]) + others,

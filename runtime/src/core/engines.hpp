@@ -1,8 +1,8 @@
 // Which of a bundle's engines serves a request, and what `hywu build` would have to make.
 //
 // The rules, which every runtime follows: an engine is usable if it was made for the backend and the variant,
-// is not stale, and its version and its GPU are those at hand; *newest* is the last in the manifest. A request
-// is served by the newest usable engine that has every graph it needs and covers its sizes.
+// is not stale, and its version and its GPU are those at hand; *newest* is the last in the manifest. A
+// request is served by the newest usable engine that has every graph it needs and covers its sizes.
 #pragma once
 
 #include <array>

@@ -65,8 +65,8 @@ struct GenerateOptions {
     std::function<bool()> cancelled;
 };
 
-// What an editor accepts: of the bundle's limits, what its engines cover if it runs on engines. `size` is that
-// of the newest of them; `guidance`: name and default.
+// What an editor accepts: of the bundle's limits, what its engines cover if it runs on engines. `size` is
+// that of the newest of them; `guidance`: name and default.
 struct Limits {
     std::int64_t batch_min = 1, batch_max = 1;
     std::optional<core::ImagePolicy> size;

@@ -73,8 +73,8 @@ struct Request {
     NamedViews values;  // everything the plan needs that does not change between steps
     std::vector<StepInput> per_step;
     std::size_t evaluations = 0;
-    // Refused if the request phase makes a value of these that is not finite, where looking is free; where it is
-    // not, what the steps made of them is looked at.
+    // Refused if the request phase makes a value of these that is not finite, where looking is free; where it
+    // is not, what the steps made of them is looked at.
     std::vector<std::string> finite;
     std::function<void(std::size_t, std::size_t)> progress;  // evaluations done, and in all
     std::function<bool()> cancelled;

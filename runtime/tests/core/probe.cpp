@@ -412,9 +412,9 @@ json number(const json& question) { return core::repr(question.at("number").get<
 
 json answer(const json& question) {
     static const std::map<std::string, std::function<json(const json&)>> commands = {
-        {"manifest", manifest}, {"bundle", bundle}, {"schedule", schedule}, {"noise", noise},
-        {"deltas", deltas},     {"sha256", sha256}, {"text", text},         {"number", number},
-        {"engines", engines},
+        {"manifest", manifest}, {"bundle", bundle}, {"schedule", schedule},
+        {"noise", noise},       {"deltas", deltas}, {"sha256", sha256},
+        {"text", text},         {"number", number}, {"engines", engines},
     };
     try {
         return {{"ok", commands.at(question.at("command"))(question)}};

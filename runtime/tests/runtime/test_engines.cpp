@@ -111,9 +111,9 @@ std::unique_ptr<runtime::Editor> editor_of(const EngineBundle& bundle, const Mac
 }
 
 std::unique_ptr<runtime::Editor> plain_editor() {
-    return std::make_unique<runtime::Editor>(
-        toy_bundle(), std::make_shared<FakeBackend>(std::make_shared<FakeLog>()), "fake",
-        runtime::EditorOptions());
+    return std::make_unique<runtime::Editor>(toy_bundle(),
+                                             std::make_shared<FakeBackend>(std::make_shared<FakeLog>()),
+                                             "fake", runtime::EditorOptions());
 }
 
 runtime::Wish wish(std::optional<std::string> engine, std::optional<std::string> variant = {},
@@ -202,16 +202,17 @@ TEST_CASE("limits and sizes are those of the engines") {
     ToyRequest request(3);
     std::vector<std::uint8_t> large(100 * 60 * 3, 77);
     request.options.photos.assign(3, {large.data(), 100, 60, 300});
-    const runtime::Size size = editor_of(bundle, {}, [] {
-                                   runtime::EditorOptions options;
-                                   options.engine = "wide";
-                                   return options;
-                               }())
+    const runtime::Size size = editor_of(bundle, {},
+                                         [] {
+                                             runtime::EditorOptions options;
+                                             options.engine = "wide";
+                                             return options;
+                                         }())
                                    ->working_size(100, 60);
     const std::vector<float> region(static_cast<std::size_t>(3 * size.height * size.width / 16), 0.5F);
-    request.options.inputs = {{"region", runtime::View(core::Dtype::float32,
-                                                       {3, 1, size.height / 4, size.width / 4},
-                                                       region.data())}};
+    request.options.inputs = {
+        {"region",
+         runtime::View(core::Dtype::float32, {3, 1, size.height / 4, size.width / 4}, region.data())}};
     CHECK(size.width > 16);
     CHECK(edit(*editor, request.options).size() ==
           static_cast<std::size_t>(3 * 3 * size.height * size.width));
@@ -234,8 +235,7 @@ TEST_CASE("the newest engine that has every graph and covers the sizes serves a 
     std::filesystem::create_directories(bundle.path() / "engines/new");
     for (const auto& entry : std::filesystem::directory_iterator(bundle.path())) {
         if (entry.path().extension() == ".onnx")
-            std::filesystem::copy_file(entry.path(),
-                                       bundle.path() / "engines/new" / entry.path().filename());
+            std::filesystem::copy_file(entry.path(), bundle.path() / "engines/new" / entry.path().filename());
     }
     Machine machine;
     machine.log->record = true;
@@ -265,7 +265,8 @@ TEST_CASE("the newest engine that has every graph and covers the sizes serves a 
     CHECK(has(error.remedy(), bundle.command() + " --shapes 8x8:8x8:24x16 --batch 1:1:2"));
 }
 
-TEST_CASE("engines that do not suit are refused with the command that builds one; auto goes on, and says so") {
+TEST_CASE(
+    "engines that do not suit are refused with the command that builds one; auto goes on, and says so") {
     const auto refused = [](const std::string& words, const std::function<void(Json&)>& change) {
         const EngineBundle bundle([&](Json& manifest) { change(manifest["engines"]["first"]); });
         const Machine machine;
@@ -300,7 +301,8 @@ TEST_CASE("auto takes TensorRT only where the bundle has an engine that can be u
         CHECK(choice.engines == std::vector<std::string>{"first"});
         CHECK(has(log.text, "backend tensorrt chosen on Pretended GPU, engine first"));
     }
-    const EngineBundle other([](Json& manifest) { manifest["engines"]["first"]["backend"] = "tensorrt-rtx"; });
+    const EngineBundle other(
+        [](Json& manifest) { manifest["engines"]["first"]["backend"] = "tensorrt-rtx"; });
     CHECK(machine.choose(other).backend->name() == "tensorrt-rtx");
     const core::Error none = failure([&] { machine.choose(other, wish({}, {}, "tensorrt")); });
     CHECK(none.wrong() == "The bundle has no tensorrt engine of the bundle's own graphs");
@@ -354,8 +356,8 @@ TEST_CASE("a plan that is damaged is named with the command that makes it anew")
         const core::Error error = failure([&] { edit(*editor, request.options); });
         CHECK(error.kind() == core::ErrorKind::engine);
         CHECK(error.wrong() == wrong);
-        CHECK(error.remedy() == "Build it again: " + bundle.command() +
-                                    " --shapes 8x8:8x8:24x16 --batch 1:1:2 --rebuild");
+        CHECK(error.remedy() ==
+              "Build it again: " + bundle.command() + " --shapes 8x8:8x8:24x16 --batch 1:1:2 --rebuild");
     };
     refused("engines/first/step.plan is missing");
     std::filesystem::create_directories(bundle.path() / "engines/first");
@@ -394,8 +396,11 @@ TEST_CASE("warming up takes the size that the newest engine is tuned for") {
         shapes["batch"] = {2, 2, 4};
         // Nothing from the caller, so that an edit is run.
         for (auto& [name, tensor] : manifest["tensors"].items()) {
-            if (tensor["source"] == "input") tensor = {{"dtype", tensor["dtype"]}, {"shape", tensor["shape"]},
-                                                       {"source", "noise"}, {"draw", "initial"}};
+            if (tensor["source"] == "input")
+                tensor = {{"dtype", tensor["dtype"]},
+                          {"shape", tensor["shape"]},
+                          {"source", "noise"},
+                          {"draw", "initial"}};
         }
     });
     Machine machine;

@@ -120,9 +120,7 @@ public:
     void wipe() override {
         if (bytes() != 0) std::memset(memory_.data(), 0, bytes());
     }
-    std::optional<bool> finite() override { 
-        return core::all_finite(dtype(), memory_.data(), bytes());
-     }
+    std::optional<bool> finite() override { return core::all_finite(dtype(), memory_.data(), bytes()); }
 
 private:
     core::Array memory_;

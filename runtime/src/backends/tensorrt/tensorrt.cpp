@@ -588,8 +588,7 @@ Error TensorRt::not_loaded(const std::filesystem::path& file, const std::string&
     const auto says = [&](const char* words) { return reason.find(words) != std::string::npos; };
     if (says("cudaError 35") || says("CUDA error 35") || says("driver version is insufficient") ||
         says("no CUDA-capable")) {
-        return Error(ErrorKind::device, wrong,
-                     "Expected an NVIDIA GPU with a driver that suits this version",
+        return Error(ErrorKind::device, wrong, "Expected an NVIDIA GPU with a driver that suits this version",
                      "Update the driver, or use the backend ort-cpu");
     }
     if (says("out of memory") || says("Out of memory") || says("OutOfMemory")) {
@@ -633,7 +632,8 @@ Entry entry() {
         if (auto reason = cuda::missing()) return reason;
         return Library::get().missing;
     };
-    return {backend_name, missing, [](const Options& options) -> std::unique_ptr<Backend> {
+    return {backend_name, missing,
+            [](const Options& options) -> std::unique_ptr<Backend> {
                 return std::make_unique<TensorRt>(options);
             },
             [] { return Library::get().version; }};
