@@ -119,7 +119,8 @@ class Library:
         self.lib = lib = ctypes.CDLL(str(path))
         texts = (
             "version_string", "status_name", "last_error", "last_error_part", "backend", "backend_missing",
-            "bundle_name", "bundle_variant", "editor_backend", "editor_sampler", "editor_guidance",
+            "bundle_name", "bundle_variant", "bundle_engine", "editor_backend", "editor_sampler",
+            "editor_guidance",
         )  # fmt: skip
         for name in texts:
             getattr(lib, f"hywu_{name}").restype = _S
@@ -134,7 +135,7 @@ class Library:
             function = getattr(lib, f"hywu_{name}")
             function.restype, function.argtypes = None, [_P]
         lib.hywu_backend.argtypes = [_SZ]
-        for name in ("bundle_variant", "editor_sampler"):
+        for name in ("bundle_variant", "bundle_engine", "editor_sampler"):
             getattr(lib, f"hywu_{name}").argtypes = [_P, _SZ]
         lib.hywu_bundle_name.argtypes = lib.hywu_editor_backend.argtypes = [_P]
         lib.hywu_editor_guidance.argtypes = [_P, _SZ, ctypes.POINTER(ctypes.c_double)]
@@ -400,6 +401,12 @@ class Bundle(Handle):
         made = cls(library)
         library.check("bundle_open", str(path).encode(), None, made.out())
         return made
+
+    def engines(self) -> list[str]:
+        found: list[str] = []
+        while (key := self.library.lib.hywu_bundle_engine(self.pointer, len(found))) is not None:
+            found.append(key.decode())
+        return found
 
     def editor(self, threads: int = 0, low_memory: bool = False) -> Editor:
         made = Editor(self.library)

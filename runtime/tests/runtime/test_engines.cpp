@@ -1,7 +1,7 @@
 // Backends that run engines: which one of a bundle serves a request, and what is said where none does.
 #include <doctest/doctest.h>
 
-#include <cmath>
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -386,6 +386,29 @@ TEST_CASE("deltas that cannot be looked at and are not finite are found in what 
         machine.log->poison = false;
         CHECK(edit(*editor, request.options) == good);
     }
+}
+
+TEST_CASE("a state that only the end reads is carried as well") {
+    const EngineBundle bundle([](Json& manifest) {
+        for (const char* const graph : {"step", "step_plain"}) {
+            Json& inputs = manifest["graphs"][graph]["inputs"];
+            inputs.erase(std::find_if(inputs.begin(), inputs.end(),
+                                      [](const Json& input) { return input["name"] == "cache"; }));
+        }
+        for (Json& call : manifest["program"]) {
+            if (call["phase"] == "step") call["inputs"].erase("cache");
+        }
+    });
+    std::vector<std::uint8_t> pictures[2];
+    for (const bool copies : {false, true}) {
+        runtime::Editor editor(
+            bundle.open(), std::make_shared<FakeBackend>(std::make_shared<FakeLog>(), copies), "fake", {});
+        for (unsigned seed = 1; seed < 3; ++seed) {
+            const ToyRequest request(1, seed);
+            pictures[copies] = edit(editor, request.options);
+        }
+    }
+    CHECK(pictures[0] == pictures[1]);
 }
 
 TEST_CASE("warming up takes the size that the newest engine is tuned for") {
