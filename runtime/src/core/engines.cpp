@@ -136,11 +136,12 @@ std::vector<std::string> usable(const std::filesystem::path& root, const Manifes
             "Expected one of version " + target.version + " for compute capability " + target.capability,
             "Build it: " + build_command(root, manifest, target, wanted));
     }
-    std::string described;
+    std::vector<std::string> described;
     for (const auto& [candidate, problem] : obstacles) {
-        described += (described.empty() ? "" : "; ") + ("engine " + candidate) + ": " + problem;
+        described.emplace_back("engine ");
+        described.back().append(candidate).append(": ").append(problem);
     }
-    throw Error(ErrorKind::engine, "No engine " + of(wanted) + " can be used: " + described,
+    throw Error(ErrorKind::engine, "No engine " + of(wanted) + " can be used: " + join(described, "; "),
                 "Expected one for " + target.backend + " " + target.version + " and compute capability " +
                     target.capability,
                 "Build it: " + build_command(root, manifest, target, wanted,
