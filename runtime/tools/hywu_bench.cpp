@@ -36,6 +36,7 @@ const std::vector<Option> options = {
     {"--warm-up", "N", "Edits before, at most; they end when times are stable.  [default: 20]"},
     {"--backend", "NAME", "auto, tensorrt, tensorrt-rtx, ort-cuda or ort-cpu.  [default: auto]"},
     {"--variant", "NAME", "A precision variant of the bundle."},
+    {"--engine", "KEY", "One of the bundle's engines.  [default: the newest that fits]"},
     {"--device", "N", "Index of the GPU.  [default: the first]"},
     {"--threads", "N", "CPU threads."},
     {"--low-memory", "", "Hold one stage of the model in memory at a time."},
@@ -102,6 +103,7 @@ int bench(int count, char** values) {
     hywu::EditorOptions how;
     how.backend = arguments.text("--backend").value_or("");
     how.variant = arguments.text("--variant").value_or("");
+    how.engine = arguments.text("--engine").value_or("");
     how.device = static_cast<std::int32_t>(arguments.integer("--device", 0, 4096).value_or(-1));
     how.threads = static_cast<std::int32_t>(arguments.integer("--threads", 1, 4096).value_or(0));
     how.low_memory = arguments.has("--low-memory");

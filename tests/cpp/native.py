@@ -49,7 +49,7 @@ class BundleParams(ctypes.Structure):
 class EditorParams(ctypes.Structure):
     _fields_ = [
         ("struct_size", _SZ), ("backend", _S), ("variant", _S), ("device", _I32), ("threads", _I32),
-        ("low_memory", _I32), ("reserved", _I32),
+        ("low_memory", _I32), ("reserved", _I32), ("engine", _S),
     ]  # fmt: skip
 
 
@@ -119,7 +119,8 @@ class Library:
         self.lib = lib = ctypes.CDLL(str(path))
         texts = (
             "version_string", "status_name", "last_error", "last_error_part", "backend", "backend_missing",
-            "bundle_name", "bundle_variant", "editor_backend", "editor_sampler", "editor_guidance",
+            "bundle_name", "bundle_variant", "bundle_engine", "editor_backend", "editor_sampler",
+            "editor_guidance",
         )  # fmt: skip
         for name in texts:
             getattr(lib, f"hywu_{name}").restype = _S
@@ -134,7 +135,7 @@ class Library:
             function = getattr(lib, f"hywu_{name}")
             function.restype, function.argtypes = None, [_P]
         lib.hywu_backend.argtypes = [_SZ]
-        for name in ("bundle_variant", "editor_sampler"):
+        for name in ("bundle_variant", "bundle_engine", "editor_sampler"):
             getattr(lib, f"hywu_{name}").argtypes = [_P, _SZ]
         lib.hywu_bundle_name.argtypes = lib.hywu_editor_backend.argtypes = [_P]
         lib.hywu_editor_guidance.argtypes = [_P, _SZ, ctypes.POINTER(ctypes.c_double)]
@@ -264,11 +265,12 @@ class Editor(Handle):
         verify: bool = False,
         sources: Mapping[str, Path] | None = None,
         variant: str | None = None,
+        engine: str | None = None,
     ) -> Editor:
         made = cls(library)
         library.check(
             "editor_load", str(path).encode(), bundle_params(library, verify, sources),
-            editor_params(library, backend, threads, low_memory, variant), made.out(),
+            editor_params(library, backend, threads, low_memory, variant, engine), made.out(),
         )  # fmt: skip
         return made
 
@@ -400,6 +402,12 @@ class Bundle(Handle):
         library.check("bundle_open", str(path).encode(), None, made.out())
         return made
 
+    def engines(self) -> list[str]:
+        found: list[str] = []
+        while (key := self.library.lib.hywu_bundle_engine(self.pointer, len(found))) is not None:
+            found.append(key.decode())
+        return found
+
     def editor(self, threads: int = 0, low_memory: bool = False) -> Editor:
         made = Editor(self.library)
         params = editor_params(self.library, None, threads, low_memory, None)
@@ -416,10 +424,16 @@ def bundle_params(library: Library, verify: bool, sources: Mapping[str, Path] | 
 
 
 def editor_params(
-    library: Library, backend: str | None, threads: int, low_memory: bool, variant: str | None
+    library: Library,
+    backend: str | None,
+    threads: int,
+    low_memory: bool,
+    variant: str | None,
+    engine: str | None = None,
 ) -> Any:
     params = library.init(EditorParams, "editor")
     params.backend = None if backend is None else backend.encode()
     params.variant = None if variant is None else variant.encode()
+    params.engine = None if engine is None else engine.encode()
     params.threads, params.low_memory = threads, int(low_memory)
     return ctypes.byref(params)

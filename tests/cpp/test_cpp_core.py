@@ -13,6 +13,7 @@ import random
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ import test_runtime_bundle
 import test_runtime_manifest
 import toy_bundle
 
-from hywu_runtime import Bundle, Deltas, Manifest, codec, noise
+from hywu_runtime import Bundle, Deltas, Manifest, codec, engines, noise
+from hywu_runtime.engines import Target
 from hywu_runtime.errors import HywuError
 from hywu_runtime.manifest import DeltaSpec, DeltaTarget, Sampler, Schedules, is_safe_path
 from hywu_runtime.schedule import Schedule
 
+NOBODY = 65534  # the user without rights
 SLOW_IS_FINE = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -417,10 +420,210 @@ def test_links_out_of_the_bundle(probe: Probe, toy: Path, tmp_path: Path) -> Non
     assert "ok" in same_bundle(probe, toy)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_files_that_cannot_be_read(probe: Probe, toy: Path) -> None:
-    (toy / "step.onnx").chmod(0)
-    assert "cannot be read" in same_bundle(probe, toy)["wrong"]
+def test_files_that_cannot_be_read(executable: Callable[[str], Path], toy: Path) -> None:
+    program = executable("hywu_core_probe")
+    if os.geteuid() != 0:
+        (toy / "step.onnx").chmod(0)
+        found, expected = unreadable(program, toy)
+    else:  # who reads everything: nobody is asked, with a bundle and a probe of its own
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = shutil.copytree(toy, Path(folder) / "bundle")
+            program = Path(shutil.copy2(program, folder))
+            for path in (Path(folder), *Path(folder).rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+            (bundle / "step.onnx").chmod(0)
+            found, expected = as_nobody(lambda: unreadable(program, bundle))
+    same(found, expected)
+    assert expected["wrong"].startswith("step.onnx cannot be read")
+
+
+def unreadable(program: Path, bundle: Path) -> list[dict[str, Any]]:
+    """What both say of a bundle."""
+    probe = Probe(program)
+    found = probe("bundle", path=str(bundle))
+    probe.close()
+    return [found, python(lambda: opened(bundle))]
+
+
+def as_nobody(ask: Callable[[], Any]) -> Any:
+    """What a child without rights finds out, as JSON."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(receiver)
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            with os.fdopen(sender, "w") as stream:
+                json.dump(ask(), stream)
+        finally:
+            os._exit(0)
+    os.close(sender)
+    with os.fdopen(receiver) as stream:
+        text = stream.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+def with_engines(bundle: Path, engines: dict[str, Any], **files: bytes) -> None:
+    """Writes engines into a manifest, and plan files `engines/NAME.plan`."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "engines").mkdir(exist_ok=True)
+    for name, content in files.items():
+        (bundle / f"engines/{name}.plan").write_bytes(content)
+        entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["files"][f"engines/{name}.plan"] = entry
+    manifest["engines"] = engines
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def engine(bundle: Path, **changes: Any) -> dict[str, Any]:
+    """An engine of all graphs, whose plans are `engines/one.plan`."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    files = {name: graph["file"] for name, graph in manifest["graphs"].items()}
+    value = {
+        "backend": "tensorrt",
+        "version": "10.3.0",
+        "compute_capabilities": ["8.9"],
+        "shapes": {"batch": [1, 1, 2], "height": [8, 8, 16], "width": [8, 8, 24]},
+        "graphs": dict.fromkeys(files, "engines/one.plan"),
+        "sources": {file: manifest["files"][file]["sha256"] for file in files.values()},
+    }
+    return {key: v for key, v in {**value, **changes}.items() if v is not None}
+
+
+def test_files_of_engines_are_checked_when_they_are_used(probe: Probe, toy: Path) -> None:
+    with_engines(toy, {"key": engine(toy)}, one=b"a plan")
+    plan = toy / "engines/one.plan"
+    assert "ok" in same_bundle(probe, toy, verify=True)
+    for content in (b"a plan.", b"", b"a plam"):
+        plan.write_bytes(content)
+        # What `opened` asks for afterwards is where the file is, not what is in it.
+        assert "ok" in same_bundle(probe, toy)
+        assert "engines/one.plan has" in same_bundle(probe, toy, verify=True)["wrong"]
+    plan.unlink()
+    for verify in (False, True):
+        assert "engines/one.plan is missing" in same_bundle(probe, toy, verify=verify)["wrong"]
+    assert python(lambda: Bundle.open(toy).root)["ok"] == toy
+    plan.symlink_to("/etc/hostname")
+    assert "leads out" in same_bundle(probe, toy, verify=True)["wrong"]
+    # A folder of such a name alone is no exception.
+    (toy / "step.onnx").write_bytes(b"")
+    assert "step.onnx" in same_bundle(probe, toy)["wrong"]
+
+
+# Engines
+
+
+TARGET = Target("tensorrt", "10.3.0", "8.9", "Made-up GPU")
+
+
+def same_choice(probe: Probe, path: Path, target: Target = TARGET, **question: Any) -> dict[str, Any]:
+    root, manifest = Path(question.pop("root", path)), Manifest.read(path)
+
+    def ask() -> Any:
+        if "shapes" in question:
+            shapes = {axis: tuple(sizes) for axis, sizes in question["shapes"].items()}
+            return engines.build_command(root, manifest, target, question.get("variant"), shapes)
+        keys = engines.usable(root, manifest, target, question.get("variant"), question.get("key"))
+        if "graphs" in question:
+            return engines.covering(root, manifest, keys, question["axes"], question["graphs"], target)
+        policies = [engines.narrowed(manifest, manifest.engines[key]) for key in keys]
+        sizes = [dataclasses.asdict(policy) if policy is not None else None for policy in policies]
+        return {"keys": list(keys), "sizes": sizes}
+
+    expected = python(ask)
+    asked = {"path": str(path), "root": str(root), "target": dataclasses.asdict(target), **question}
+    same(probe("engines", **asked), expected)
+    return expected
+
+
+VERSIONS = ["10.3.0", "10.2.9", "10.3.0.30", "10.3", "10.04.0", "10", "11.0", "9.9", "10.x", "1" * 30, ""]
+
+
+def test_engines_are_chosen_alike(probe: Probe, toy: Path) -> None:
+    rng = random.Random(0)
+    value = json.loads((toy / "manifest.json").read_text())
+    value["variants"] = {
+        "half": {"precision": "fp16", "graphs": {}},
+        "it's": {"precision": "int8", "graphs": {}},
+    }
+    (toy / "manifest.json").write_text(json.dumps(value))
+    variants = [None, None, None, *value["variants"]]
+    seen: dict[str, int] = {}
+    for _ in range(250):
+        made = {}
+        for key in rng.sample(["a", "b", "c", "d e"], rng.randrange(5)):
+            low = [rng.choice([8, 16, 32]) for _ in range(2)]
+            shapes = {
+                "batch": sorted(rng.choices(range(1, 5), k=3)),
+                "height": [low[0], low[0], rng.choice([32, 64])],
+                "width": [low[1], 32, 64],
+                "delta_batch": sorted(rng.choices(range(1, 5), k=3)),
+            }
+            kept = engine(
+                toy,
+                backend=rng.choice(["tensorrt", "tensorrt", "tensorrt", "tensorrt-rtx"]),
+                version=rng.choice(["10.3.0"] * 12 + VERSIONS[:-1]),
+                version_compatible=rng.random() < 0.5,
+                compute_capabilities=rng.choice(
+                    [["8.9"], ["8.9"], ["7.5", "8.9"], ["8.0"], ["12.0", "10.0"]]
+                ),
+                hardware_compatible=rng.random() < 0.5,
+                variant=rng.choice(variants),
+                shapes={axis: shapes[axis] for axis in rng.sample(list(shapes), rng.randrange(5))},
+            )
+            for graph in rng.sample(list(kept["graphs"]), rng.choice([0, 0, 0, 1, 2])):
+                del kept["graphs"][graph]
+            if rng.random() < 0.1:
+                kept["sources"]["step.onnx"] = "0" * 64
+            made[key] = kept
+        with_engines(toy, made, one=b"a plan")
+        target = Target(
+            rng.choice(["tensorrt", "tensorrt", "tensorrt-rtx"]),
+            "10.3.0",
+            rng.choice(["8.9", "8.9", "12.0"]),
+            "GPU",
+        )
+        options: dict[str, Any] = {"variant": rng.choice(variants)}
+        if rng.random() < 0.3:
+            options = {"key": rng.choice(["a", "b", "d e", "nobody"])}
+        if rng.random() < 0.6:
+            axes = {
+                "batch": rng.randrange(1, 6),
+                "height": rng.choice([8, 16, 64]),
+                "width": 32,
+                "delta_batch": 1,
+            }
+            options["axes"] = {axis: axes[axis] for axis in rng.sample(list(axes), rng.randrange(5))}
+            options["graphs"] = rng.sample(list(value["graphs"]), rng.randrange(1, 4))
+        answer = same_choice(probe, toy, target, root="a 'bundle'" if rng.random() < 0.3 else toy, **options)
+        kind = answer.get("error", "ok")
+        seen[kind] = seen.get(kind, 0) + 1
+    assert min(seen.get(kind, 0) for kind in ("ok", "EngineError", "InputError")) >= 15, seen
+
+
+def test_versions_are_compared_alike(probe: Probe, toy: Path) -> None:
+    for built in VERSIONS[:-1]:
+        with_engines(toy, {"key": engine(toy, version=built, version_compatible=True)}, one=b"a plan")
+        for here in VERSIONS:
+            same_choice(probe, toy, dataclasses.replace(TARGET, version=here))
+
+
+def test_build_commands_are_the_same(probe: Probe, toy: Path) -> None:
+    every = {
+        "batch": [1, 2, 4],
+        "delta_batch": [1, 1, 1],
+        "height": [8, 8, 16],
+        "width": [8, 16, 24],
+        "x": [1, 2, 3],
+    }
+    for backend, variant in (("tensorrt", None), ("tensorrt-rtx", "it's"), ("tensorrt", "größer")):
+        target = dataclasses.replace(TARGET, backend=backend)
+        for shapes in (every, {**every, "delta_batch": every["batch"]}, {"height": [8, 8, 8]}, {}):
+            options = {"variant": variant} if variant is not None else {}
+            same_choice(probe, toy, target, root="/a b/$c", shapes=shapes, **options)
 
 
 def test_linked_weights(probe: Probe, toy: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -247,6 +248,44 @@ def test_the_same_words_for_the_same_mistakes(both: Both, library: Library, toy:
             native.Editor.load(library, toy, **arguments)
         assert ours.value.parts[0].split(":")[0] == theirs.value.wrong.split(":")[0]
         assert ours.value.status == type(theirs.value).__name__.removesuffix("Error").upper()
+
+
+def test_engines_that_cannot_be_taken(library: Library, toy: Path, tmp_path: Path) -> None:
+    """Without a GPU a bundle with engines runs its graphs; what contradicts an engine has one text."""
+    path = Path(shutil.copytree(toy, tmp_path / "bundle"))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["engines/key/step.plan"] = {"size": 7, "sha256": "0" * 64}  # which is not there
+    manifest["engines"] = {
+        "key": {
+            "backend": "tensorrt",
+            "version": "10.3.0",
+            "compute_capabilities": ["8.9"],
+            "shapes": {"batch": [1, 1, 1]},
+            "graphs": {"step": "engines/key/step.plan"},
+            "sources": {"step.onnx": manifest["files"]["step.onnx"]["sha256"]},
+        }
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert native.Bundle.open(library, path).engines() == ["key"]
+    assert native.Bundle.open(library, toy).engines() == []
+    plain = native.Editor.load(library, toy).edit(photo(), "x", inputs=region(1))
+    if library.backends()["tensorrt"] is not None:
+        editor = native.Editor.load(library, path)
+        assert editor.limits().batch_max == 4  # the bundle's own
+        np.testing.assert_array_equal(editor.edit(photo(), "x", inputs=region(1)), plain)
+    for arguments in (
+        {"engine": "other"},
+        {"engine": ""},
+        {"engine": "key", "backend": "ort-cpu"},
+        {"engine": "key", "backend": "tensorrt-rtx"},
+        {"engine": "key", "variant": "half"},
+    ):
+        with pytest.raises(HywuError) as theirs:
+            Editor.load(path, **arguments)
+        with pytest.raises(NativeError) as ours:
+            native.Editor.load(library, path, **arguments)
+        assert ours.value.status == "INPUT"
+        assert ours.value.parts == (theirs.value.wrong, theirs.value.expected, theirs.value.remedy)
 
 
 def test_cancelling_from_another_thread(both: Both, library: Library) -> None:

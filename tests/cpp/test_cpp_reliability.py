@@ -38,7 +38,9 @@ def curve(library_path: Path, bundle: Path, edits: int, points: int = 10) -> lis
         side = 16 if toy else 64
         photos = [rng.integers(0, 256, (side, side, 3), np.uint8) for _ in range(batch)]
         options: dict[str, Any] = {"seed": k, "size": (side, side)}
-        if toy:
+        if not toy:
+            options["steps"] = 1
+        else:
             options["inputs"] = {"region": rng.random((batch, 1, side // 4, side // 4), np.float32)}
         if k % 2:
             made = editor.generate(photos[0], f"instruction {k}", size=(side, side))
@@ -108,7 +110,7 @@ if __name__ == "__main__":
     what, library_path, bundle, number = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     if what == "curve":
         for done, size in curve(library_path, bundle, number):
-            print(done, size)
+            print(done, size, flush=True)
     else:
         for size in sharing(library_path, bundle, number):
             print(size)

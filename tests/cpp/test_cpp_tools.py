@@ -111,6 +111,7 @@ def test_hywu_edit_refuses_bad_input_with_code_2(tool: Any, toy: Path, tmp_path:
         toy, PHOTO, "x", *out, "--deltas", "a", "--save-deltas", tmp_path / "b"
     )
     assert "'region' is missing" in refused(toy, PHOTO, "x", *out)
+    assert "The bundle has no engine 'x'" in refused(toy, PHOTO, "x", *out, "--engine", "x")
     assert "not understood" in refused(toy, PHOTO, "x", *out, "--source", "base")
     assert not (tmp_path / "x.png").exists()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
@@ -119,7 +120,7 @@ def test_hywu_edit_refuses_bad_input_with_code_2(tool: Any, toy: Path, tmp_path:
 
 def test_help_and_version(tool: Any) -> None:
     text = tool("hywu-edit", "--help").stdout
-    for flag in ("--steps", "--seed", "--delta-strength", "--variant", "--save-deltas", "--json"):
+    for flag in ("--steps", "--seed", "--delta-strength", "--variant", "--engine", "--save-deltas"):
         assert flag in text
     assert "ort-cpu" in tool("hywu-edit", "--version").stdout
     assert "--runs" in tool("hywu-bench", "--help").stdout

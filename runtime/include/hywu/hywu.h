@@ -179,8 +179,9 @@ HYWU_API hywu_status hywu_bundle_open(const char* path, const hywu_bundle_params
                                       hywu_bundle** bundle);
 HYWU_API void hywu_bundle_free(hywu_bundle* bundle);
 HYWU_API const char* hywu_bundle_name(const hywu_bundle* bundle);
-/* The names of its variants by index; NULL after the last. */
+/* The names of its variants, and the keys of its engines, by index; NULL after the last. */
 HYWU_API const char* hywu_bundle_variant(const hywu_bundle* bundle, size_t index);
+HYWU_API const char* hywu_bundle_engine(const hywu_bundle* bundle, size_t index);
 
 /* ---- Editors ---- */
 
@@ -188,23 +189,27 @@ HYWU_API const char* hywu_bundle_variant(const hywu_bundle* bundle, size_t index
 HYWU_API const char* hywu_backend(size_t index);
 /* Why a backend cannot be used here, or NULL if it can; valid until this thread asks again. */
 HYWU_API const char* hywu_backend_missing(const char* name);
-/* The version of the library behind a backend, or NULL if it cannot be used; valid until this thread asks again. */
+/* The version of the library behind a backend, or NULL if it cannot be used; valid until this thread asks
+ * again. */
 HYWU_API const char* hywu_backend_version(const char* name);
 
+/* The backend "auto" is, of tensorrt and tensorrt-rtx, the first for which the bundle has an engine that can
+ * be used here; else the best that runs the bundle's graphs as they are. */
 typedef struct hywu_editor_params {
     size_t struct_size;
-    const char* backend; /* NULL or "auto": the best that can be used */
+    const char* backend; /* NULL: "auto" */
     const char* variant; /* a precision variant of the bundle; NULL: its own graphs */
     int32_t device;      /* index of the GPU; -1: the first */
     int32_t threads;     /* CPU threads of one graph; 0: the backend decides */
     int32_t low_memory;  /* 1: hold the graphs of one stage at a time, and load them for every request */
     int32_t reserved;    /* 0 */
+    const char* engine;  /* one of the bundle's engines, by key; NULL: the newest that serves a request */
 } hywu_editor_params;
 HYWU_API hywu_status hywu_editor_params_init(hywu_editor_params* params, size_t struct_size);
 
 /* An editor on an opened bundle. Graphs are loaded when they are first needed, see hywu_editor_warm_up.
  * Editors of one bundle that agree in backend, device and threads share them. `params` may be NULL.
- * HYWU_ERROR_BUNDLE, _DEVICE, _INPUT. */
+ * HYWU_ERROR_BUNDLE, _DEVICE, _ENGINE (the backend has no engine that can be used here), _INPUT. */
 HYWU_API hywu_status hywu_editor_create(hywu_bundle* bundle, const hywu_editor_params* params,
                                         hywu_editor** editor);
 /* Opens a bundle for one editor: hywu_bundle_open, hywu_editor_create. */
@@ -232,7 +237,8 @@ typedef struct hywu_limits {
     int32_t default_steps; /* 0: no schedule */
     size_t sampler_count, guidance_count;
 } hywu_limits;
-/* Fills `limits`, whose struct_size the caller has set. */
+/* Fills `limits`, whose struct_size the caller has set. On a backend that runs engines, batch and sizes are
+ * those that its engines take, the sizes those of the newest. */
 HYWU_API hywu_status hywu_editor_limits(const hywu_editor* editor, hywu_limits* limits);
 /* The samplers, the default first, and the scales of guidance, by index; NULL after the last. */
 HYWU_API const char* hywu_editor_sampler(const hywu_editor* editor, size_t index);

@@ -419,6 +419,11 @@ public:
         while (const char* name = hywu_bundle_variant(get(), names.size())) names.emplace_back(name);
         return names;
     }
+    std::vector<std::string> engines() const {
+        std::vector<std::string> keys;
+        while (const char* key = hywu_bundle_engine(get(), keys.size())) keys.emplace_back(key);
+        return keys;
+    }
     hywu_bundle* get() const noexcept { return handle_.get(); }
 
 private:
@@ -429,6 +434,7 @@ private:
 struct EditorOptions {
     std::string backend;  // empty: the best that can be used
     std::string variant;  // empty: the bundle's own graphs
+    std::string engine;   // empty: the newest of the bundle's engines that serves a request
     std::int32_t device = -1;
     std::int32_t threads = 0;
     bool low_memory = false;
@@ -571,6 +577,7 @@ private:
         const hywu_status status = hywu_editor_params_init(&params, sizeof params);
         params.backend = options.backend.empty() ? nullptr : options.backend.c_str();
         params.variant = options.variant.empty() ? nullptr : options.variant.c_str();
+        params.engine = options.engine.empty() ? nullptr : options.engine.c_str();
         params.device = options.device;
         params.threads = options.threads;
         params.low_memory = options.low_memory ? 1 : 0;

@@ -184,7 +184,8 @@ def build_command(
     rest = dict(shapes or {})
     names = sides(manifest)
     if len(names) == 2 and all(name in rest for name in names):
-        height, width = (rest.pop(name) for name in names)
+        height, width = (rest[name] for name in names)
+        rest = {name: sizes for name, sizes in rest.items() if name not in names}
         words += ["--shapes", ":".join(f"{w}x{h}" for w, h in zip(width, height))]
     delta_batch = manifest.deltas.axis if manifest.deltas is not None else None
     for name, sizes in rest.items():
@@ -204,7 +205,7 @@ def _of(variant: str | None) -> str:
 
 
 def _number(text: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in text.split("."))
+    return tuple(int(part) if part.isascii() and part.isdigit() else 0 for part in text.split("."))
 
 
 def _follows(built: str, here: str) -> bool:

@@ -2,7 +2,9 @@
 #include "hywu/hywu.h"
 
 #include <atomic>
+#include <cstddef>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -59,6 +61,9 @@ hywu_bundle_params bundle_defaults() {
     params.struct_size = sizeof params;
     return params;
 }
+
+// Sizes of hywu_editor_params in earlier headers: without `engine`.
+constexpr std::initializer_list<std::size_t> editor_sizes = {offsetof(hywu_editor_params, engine)};
 
 hywu_editor_params editor_defaults() {
     hywu_editor_params params = {};
@@ -270,6 +275,13 @@ runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit
     return options;
 }
 
+// The name of an entry, or null after the last.
+template <class T>
+const char* key_at(const core::Ordered<T>& entries, std::size_t index) {
+    if (index >= entries.size()) return nullptr;
+    return (entries.begin() + static_cast<std::ptrdiff_t>(index))->first.c_str();
+}
+
 template <class Handle>
 void give(Handle** out, std::unique_ptr<Handle> handle) {
     *out = handle.release();
@@ -312,11 +324,13 @@ runtime::SharedBundle open_bundle(const char* path, const hywu_bundle_params* gi
 }
 
 std::unique_ptr<hywu_editor> make_editor(runtime::SharedBundle shared, const hywu_editor_params* given) {
-    const hywu_editor_params params = api::read_struct(given, editor_defaults(), {}, "hywu_editor_params");
+    const hywu_editor_params params =
+        api::read_struct(given, editor_defaults(), editor_sizes, "hywu_editor_params");
     check_reserved(params.reserved, "hywu_editor_params");
     runtime::EditorOptions options;
     if (params.backend != nullptr) options.backend = params.backend;
     if (params.variant != nullptr) options.variant = params.variant;
+    if (params.engine != nullptr) options.engine = params.engine;
     if (params.device != -1) options.device.device = params.device;
     if (params.threads != 0) options.device.threads = params.threads;
     options.low_memory = flag(params.low_memory, "low_memory");
@@ -425,10 +439,11 @@ const char* hywu_bundle_name(const hywu_bundle* bundle) {
 }
 
 const char* hywu_bundle_variant(const hywu_bundle* bundle, size_t index) {
-    if (bundle == nullptr) return nullptr;
-    const auto& variants = bundle->shared.bundle->manifest().variants;
-    return index < variants.size() ? (variants.begin() + static_cast<std::ptrdiff_t>(index))->first.c_str()
-                                   : nullptr;
+    return bundle == nullptr ? nullptr : key_at(bundle->shared.bundle->manifest().variants, index);
+}
+
+const char* hywu_bundle_engine(const hywu_bundle* bundle, size_t index) {
+    return bundle == nullptr ? nullptr : key_at(bundle->shared.bundle->manifest().engines, index);
 }
 
 // ---- Editors ----
@@ -470,8 +485,9 @@ const char* hywu_backend_version(const char* name) {
 }
 
 hywu_status hywu_editor_params_init(hywu_editor_params* params, size_t struct_size) {
-    return guard(
-        [&] { api::write_struct(params, struct_size, editor_defaults(), {}, "hywu_editor_params"); });
+    return guard([&] {
+        api::write_struct(params, struct_size, editor_defaults(), editor_sizes, "hywu_editor_params");
+    });
 }
 
 hywu_status hywu_editor_create(hywu_bundle* bundle, const hywu_editor_params* params, hywu_editor** editor) {

@@ -22,7 +22,7 @@
 
 #include "core/bundle.hpp"
 #include "core/dtype.hpp"
-#include "core/manifest.hpp"
+#include "core/engines.hpp"
 
 namespace hywu::backends {
 
@@ -105,11 +105,9 @@ public:
     // A new buffer of zeros. Throws Error(device) where there is no memory.
     virtual std::unique_ptr<DeviceTensor> allocate(core::Dtype dtype, const std::vector<int64_t>& shape) = 0;
 
-    // Whether it runs compiled engines (engines/<key>/*.plan) and not .onnx files. The editor then takes the
-    // first engine of the bundle that is for this backend and the wanted variant, not stale, and not refused.
-    virtual bool uses_engines() const { return false; }
-    // Why an engine for this backend cannot be used here (another version, another GPU); nothing if it can.
-    virtual std::optional<std::string> refuses(const core::Engine&) const { return std::nullopt; }
+    // What engines (engines/<key>/*.plan) must have been built for; nothing where ONNX graphs run as they
+    // are.
+    virtual std::optional<core::Target> target() const { return std::nullopt; }
 
     // The calls of one step as one unit, with copies (from first to second) after them. This default runs and
     // copies one after the other; TensorRT captures a CUDA graph. The bindings and tensors must outlive it.

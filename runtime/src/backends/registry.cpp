@@ -61,19 +61,32 @@ const std::vector<Entry>& entries() {
     return *instance;
 }
 
-const Entry& choose(std::string_view name) {
-    std::string known, usable, reasons;
-    const Entry *wanted = nullptr, *best = nullptr;
-    for (const Entry& entry : entries()) {
-        known += (known.empty() ? "" : ", ") + entry.name;
-        if (entry.name == name) wanted = &entry;
-    }
-    if (name != "auto" && wanted == nullptr) {
+bool is_compiled(std::string_view name) {
+    return name == core::name(core::EngineBackend::tensorrt) ||
+           name == core::name(core::EngineBackend::tensorrt_rtx);
+}
+
+void check_options(const Options& options) {
+    check_range("threads", options.threads, 1);
+    check_range("device", options.device, 0);
+}
+
+std::unique_ptr<Backend> create_backend(std::string_view name, const Options& options,
+                                        const std::vector<Entry>& among) {
+    const auto wanted =
+        std::find_if(among.begin(), among.end(), [&](const Entry& entry) { return entry.name == name; });
+    if (name != "auto" && wanted == among.end()) {
+        std::string known;
+        for (const Entry& entry : among) known += (known.empty() ? "" : ", ") + entry.name;
         throw Error(ErrorKind::input, "There is no backend " + show(name), "Expected auto or one of " + known,
                     "Choose one of these");
     }
-    if (wanted != nullptr && !wanted->missing()) return *wanted;
-    for (const Entry& entry : entries()) {
+    check_options(options);
+    if (wanted != among.end() && !wanted->missing()) return wanted->create(options);
+    std::string usable, reasons;
+    const Entry* best = nullptr;
+    for (const Entry& entry : among) {
+        if (name == "auto" && is_compiled(entry.name)) continue;
         if (const auto reason = entry.missing()) {
             reasons += (reasons.empty() ? "" : "; ") + entry.name + ": " + *reason;
         } else {
@@ -81,23 +94,16 @@ const Entry& choose(std::string_view name) {
             if (best == nullptr) best = &entry;
         }
     }
-    if (wanted != nullptr) {
+    if (wanted != among.end()) {
         throw Error(ErrorKind::device, "Backend " + wanted->name + " cannot be used: " + *wanted->missing(),
                     "Usable here: " + (usable.empty() ? "none" : usable),
                     "Choose one of these, or backend=\"auto\"");
     }
     if (best == nullptr) {
-        throw Error(ErrorKind::device, "No backend can be used", reasons, "Install ONNX Runtime or TensorRT");
+        throw Error(ErrorKind::device, "No backend can be used", reasons, "Install ONNX Runtime");
     }
     core::log(core::LogLevel::info, "backend " + best->name + " chosen among " + usable);
-    return *best;
-}
-
-std::unique_ptr<Backend> create_backend(std::string_view name, const Options& options) {
-    const Entry& entry = choose(name);
-    check_range("threads", options.threads, 1);
-    check_range("device", options.device, 0);
-    return entry.create(options);
+    return best->create(options);
 }
 
 }  // namespace hywu::backends

@@ -32,11 +32,15 @@ struct Entry {
 // without say so.
 const std::vector<Entry>& entries();
 
-// The backend's entry; for `auto` the best that can be used. Throws Error(input) for an unknown name,
-// Error(device) where it cannot be used.
-const Entry& choose(std::string_view name);
+// Whether a backend of this name runs compiled engines: tensorrt, tensorrt-rtx.
+bool is_compiled(std::string_view name);
 
-// Makes the backend called `name`. Throws as choose(), and Error(input) for options out of range.
-std::unique_ptr<Backend> create_backend(std::string_view name, const Options& options);
+// Throws Error(input) for options out of range.
+void check_options(const Options& options);
+
+// Makes the backend called `name`, or for `auto` the best that runs ONNX graphs as they are. Throws
+// Error(input) for an unknown name and options out of range, Error(device) where it cannot be used.
+std::unique_ptr<Backend> create_backend(std::string_view name, const Options& options,
+                                        const std::vector<Entry>& among = entries());
 
 }  // namespace hywu::backends

@@ -1,5 +1,7 @@
 #include "core/array.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <new>
@@ -68,6 +70,19 @@ Array& Array::operator=(Array&& other) noexcept {
     bytes_ = std::exchange(other.bytes_, 0);
     data_ = std::move(other.data_);
     return *this;
+}
+
+bool all_finite(Dtype dtype, const std::byte* data, std::size_t bytes) {
+    if (dtype == Dtype::float32) {
+        const auto* values = reinterpret_cast<const float*>(data);
+        return std::all_of(values, values + bytes / sizeof(float), [](float x) { return std::isfinite(x); });
+    }
+    if (dtype == Dtype::float16) {
+        const auto* values = reinterpret_cast<const std::uint16_t*>(data);
+        return std::all_of(values, values + bytes / 2,
+                           [](std::uint16_t x) { return (x & 0x7C00U) != 0x7C00U; });
+    }
+    return true;
 }
 
 }  // namespace hywu::core

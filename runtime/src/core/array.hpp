@@ -66,4 +66,8 @@ private:
     std::unique_ptr<std::byte[], Free> data_;
 };
 
+// Whether all numbers are finite; those of other dtypes than float16 and float32, which alone the tensors of
+// a bundle may have, always are.
+bool all_finite(Dtype dtype, const std::byte* data, std::size_t bytes);
+
 }  // namespace hywu::core

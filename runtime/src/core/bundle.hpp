@@ -31,7 +31,7 @@ struct Weight {
 };
 
 struct OpenOptions {
-    // Compare the SHA-256 of every file too; sizes are always compared.
+    // Compare the SHA-256 of every file too, engines included; sizes are always compared.
     bool verify = false;
     // For a bundle with linked weights: source id to the checkpoint's directory.
     std::map<std::string, std::filesystem::path> sources;
@@ -43,10 +43,11 @@ struct OpenOptions {
 // An opened bundle. Its const members may be called from several threads at once.
 class Bundle {
 public:
-    // Reads the manifest and checks every file of the bundle.
-    // Throws Error(bundle): the manifest is invalid, or a file is missing, of another size or hash, or
-    // outside the bundle; a linked checkpoint is not the one that was exported. Error(input): `sources` names
-    // a source that the bundle does not have.
+    // Reads the manifest and checks every file of the bundle. Those of engines are checked when they are
+    // used, or with `verify`: whatever happens to them, the bundle is sound. Throws Error(bundle): the
+    // manifest is invalid, or a file is missing, of another size or hash, or outside the bundle; a linked
+    // checkpoint is not the one that was exported. Error(input): `sources` names a source that the bundle
+    // does not have.
     static Bundle open(const std::filesystem::path& path, const OpenOptions& options = {});
 
     Bundle(Bundle&&) noexcept;
@@ -60,6 +61,9 @@ public:
     // Throws Error(bundle): it is outside (by a symbolic link), or not a file.
     std::filesystem::path file(std::string_view path) const;
 
+    // Compares a file's size with the manifest, and with `verify` its hash. Throws Error(bundle).
+    void check(const std::string& path, bool verify = false) const;
+
     // The path, as the manifest names it, of a graph's ONNX file.
     // Throws Error(input): there is no such variant.
     std::string graph_file(std::string_view graph, const std::optional<std::string>& variant = {}) const;
@@ -71,7 +75,6 @@ public:
 private:
     Bundle(std::filesystem::path root, Manifest manifest,
            std::map<std::string, std::filesystem::path> sources);
-    void check(const std::string& path, const File& entry, bool verify) const;
     void check_links() const;
     std::filesystem::path source_file(const std::string& source, const std::string& path) const;
     Weight map(const std::string& name, const LinkedTensor& tensor) const;

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/engines.hpp"
 #include "core/error.hpp"
 #include "core/log.hpp"
 #include "core/noise.hpp"
@@ -185,105 +186,61 @@ private:
 
 namespace {
 
-Executor::Options executor_options(const core::Manifest& manifest, const backends::Backend& backend,
-                                   const std::string& sharing, const EditorOptions& options) {
-    Executor::Options result;
-    result.variant = options.variant;
-    result.sharing = sharing;
-    result.low_memory = options.low_memory;
-    if (backend.uses_engines()) result.engine = choose_engine(manifest, backend, options.variant);
-    return result;
-}
-
-// The backend that was asked for; for `auto` the best that can be used here and, if it runs engines, has one
-// in the bundle.
-std::unique_ptr<backends::Backend> open_backend(const core::Manifest& manifest,
-                                                const EditorOptions& options) {
-    if (options.backend != "auto") return backends::create_backend(options.backend, options.device);
-    std::string usable;
-    std::unique_ptr<backends::Backend> best;
-    for (const backends::Entry& entry : backends::entries()) {
-        if (entry.missing()) continue;
-        if (!best) {
-            best = backends::create_backend(entry.name, options.device);
-            try {
-                if (best->uses_engines()) choose_engine(manifest, *best, options.variant);
-            } catch (const Error& error) {
-                core::log(core::LogLevel::info, error.what());
-                best.reset();
-                continue;
-            }
-        }
-        usable += (usable.empty() ? "" : ", ") + entry.name;
-    }
-    if (!best) return backends::create_backend("auto", options.device);  // says why there is none
-    core::log(core::LogLevel::info, "backend " + std::string(best->name()) + " chosen among " + usable);
-    return best;
-}
-
 std::string sharing_words(const EditorOptions& options, std::string_view backend) {
     const auto number = [](const std::optional<int>& n) { return n ? std::to_string(*n) : "-"; };
     return std::string(backend) + "/" + number(options.device.device) + "/" + number(options.device.threads);
 }
 
-std::shared_ptr<const core::Bundle> with_variant(const SharedBundle& shared, const EditorOptions& options) {
-    if (options.variant) {
-        for (const auto& [name, graph] : shared.bundle->manifest().graphs)
-            shared.bundle->graph_file(name, options.variant);
-    }
-    return shared.bundle;
+void check_variant(const core::Bundle& bundle, const std::optional<std::string>& variant) {
+    if (!variant) return;
+    for (const auto& [name, graph] : bundle.manifest().graphs) bundle.graph_file(name, variant);
 }
 
 }  // namespace
 
-std::string choose_engine(const core::Manifest& manifest, const backends::Backend& backend,
-                          const std::optional<std::string>& variant) {
-    std::string reasons;
-    for (const auto& [key, engine] : manifest.engines) {
-        std::optional<std::string> reason;
-        if (core::name(engine.backend) != backend.name()) {
-            reason = "is for " + std::string(core::name(engine.backend));
-        } else if (engine.variant != variant) {
-            reason = engine.variant ? "is of variant " + *engine.variant : "is of the bundle's own graphs";
-        } else if (const auto file = manifest.stale(key)) {
-            reason = "is stale: " + *file + " has changed since";
-        } else {
-            reason = backend.refuses(engine);
-        }
-        if (!reason) return key;
-        reasons += (reasons.empty() ? "" : "; ") + show(key) + " " + *reason;
-    }
-    throw Error(
-        ErrorKind::engine,
-        "The bundle has no engine that " + std::string(backend.name()) + " can run here" +
-            (reasons.empty() ? "" : ": " + reasons),
-        variant ? "Expected one of variant " + show(*variant) : "Expected one of the bundle's own graphs",
-        "Build it on this machine with `hywu build`, or use another backend");
-}
-
 Editor::Editor(SharedBundle shared, const EditorOptions& options)
-    : Editor(shared, std::shared_ptr<backends::Backend>(), "", options) {}
+    : Editor(shared, choose(*shared.bundle, options), "", options) {}
 
 Editor::Editor(SharedBundle shared, std::shared_ptr<backends::Backend> backend, const std::string& sharing,
                const EditorOptions& options)
+    : Editor(shared, choose(*shared.bundle, options, std::move(backend)), sharing, options) {}
+
+Editor::Editor(SharedBundle shared, Choice choice, const std::string& sharing, const EditorOptions& options)
     : shared_(std::move(shared)),
-      manifest_(with_variant(shared_, options)->manifest()),
-      backend_(backend ? std::move(backend) : open_backend(manifest_, options)),
-      executor_(
-          shared_.bundle, backend_, shared_.sessions,
-          executor_options(manifest_, *backend_,
-                           sharing.empty() ? sharing_words(options, backend_->name()) : sharing, options)) {
+      manifest_(shared_.bundle->manifest()),
+      backend_(choice.backend),
+      engines_(choice.engines),
+      executor_(shared_.bundle, backend_, shared_.sessions,
+                {choice.variant, choice.engines,
+                 sharing.empty() ? sharing_words(options, backend_->name()) : sharing, options.low_memory}) {
+    check_variant(*shared_.bundle, choice.variant);
     for (const auto& [name, entry] : manifest_.tokenizers) {
         encoders_[name] = std::make_unique<text::PromptEncoder>(shared_.bundle->file(entry.file), entry);
     }
     if (manifest_.schedules)
         schedule_.emplace(shared_.bundle->file(manifest_.schedules->file), *manifest_.schedules);
+    set_limits();
+}
 
+void Editor::set_limits() {
     if (const core::Axis* batch = manifest_.axes.find("batch")) {
         limits_.batch_min = batch->min.value_or(1);
         limits_.batch_max = batch->max.value_or(1);
     }
-    limits_.size = manifest_.image;
+    std::int64_t least = std::numeric_limits<std::int64_t>::max(), most = 0;
+    const bool bounded =
+        !engines_.empty() && std::all_of(engines_.begin(), engines_.end(), [&](const std::string& key) {
+            const auto* sizes = manifest_.engines.at(key).shapes.find("batch");
+            if (sizes == nullptr) return false;
+            least = std::min(least, (*sizes)[0]);
+            most = std::max(most, (*sizes)[2]);
+            return true;
+        });
+    if (bounded) {
+        limits_.batch_min = std::max(limits_.batch_min, least);
+        limits_.batch_max = std::min(limits_.batch_max, most);
+    }
+    limits_.size = policy(limits_.batch_min);
     if (schedule_) {
         const core::Schedules& section = *manifest_.schedules;
         limits_.steps.emplace_back(section.default_sampler, schedule_->accepted(section.default_sampler));
@@ -298,6 +255,14 @@ Editor::Editor(SharedBundle shared, std::shared_ptr<backends::Backend> backend, 
     limits_.rank = manifest_.deltas ? manifest_.deltas->rank : 0;
     limits_.edits = manifest_.results.image.has_value();
     limits_.generates = !manifest_.results.deltas.empty();
+}
+
+std::optional<core::ImagePolicy> Editor::policy(std::int64_t batch) const {
+    for (const std::string& key : engines_) {
+        const core::Engine& engine = manifest_.engines.at(key);
+        if (!engine.covers({{"batch", batch}})) return core::narrowed(manifest_, engine);
+    }
+    return manifest_.image;
 }
 
 void Editor::edit(const EditOptions& options, const Place& place) {
@@ -421,14 +386,17 @@ void Editor::warm_up() {
             return manifest_.tensors.at(name).source == core::TensorSource::input;
         });
     if (!manifest_.results.image || missing) return;
-    const std::int64_t side = manifest_.image ? manifest_.image->min : 64;
+    const Size size = warm_up_size();
     const Array gray = [&] {
-        Array array(Dtype::uint8, {side, side, 3});
+        Array array(Dtype::uint8, {size.height, size.width, 3});
         std::memset(array.data(), 128, array.bytes());
         return array;
     }();
     EditOptions options;
-    options.photos = {{gray.as<unsigned char>(), side, side, static_cast<std::size_t>(3 * side)}};
+    options.count = static_cast<std::size_t>(limits_.batch_min);
+    options.photos.assign(options.count, {gray.as<unsigned char>(), size.width, size.height,
+                                          static_cast<std::size_t>(3 * size.width)});
+    if (manifest_.image) options.size = size;
     options.strengths = {plan.absent.empty() ? 1.0 : 0.0};
     if (schedule_ && !limits_.steps[0].second.empty()) options.steps = limits_.steps[0].second[0];
     Array picture;
@@ -438,7 +406,26 @@ void Editor::warm_up() {
     });
 }
 
+Size Editor::warm_up_size() const {
+    const std::vector<std::string> axes = core::sides(manifest_);
+    if (!engines_.empty() && axes.size() == 2) {
+        const auto& shapes = manifest_.engines.at(engines_[0]).shapes;
+        const auto *height = shapes.find(axes[0]), *width = shapes.find(axes[1]);
+        if (height != nullptr && width != nullptr) return {(*width)[1], (*height)[1]};
+    }
+    if (!manifest_.image) return {64, 64};
+    const std::int64_t multiple = manifest_.image->multiple;
+    const std::int64_t side = (manifest_.image->min + multiple - 1) / multiple * multiple;
+    return {side, side};
+}
+
 Size Editor::working_size(std::int64_t width, std::int64_t height, const std::optional<Size>& wanted) const {
+    // An explicit size is the user's: whether an engine takes it is seen when all axes are known.
+    return working_size(width, height, wanted, wanted ? manifest_.image : limits_.size);
+}
+
+Size Editor::working_size(std::int64_t width, std::int64_t height, const std::optional<Size>& wanted,
+                          const std::optional<core::ImagePolicy>& policy) const {
     if (width < 1 || height < 1) {
         throw Error(
             ErrorKind::input,
@@ -450,7 +437,7 @@ Size Editor::working_size(std::int64_t width, std::int64_t height, const std::op
                     "The photo has " + std::to_string(width) + "x" + std::to_string(height) + " pixels",
                     "Expected at most " + std::to_string(max_pixels), "Make it smaller");
     }
-    if (!manifest_.image) return {width, height};
+    if (!policy) return {width, height};
     std::optional<std::pair<int, int>> size;
     if (wanted) {
         const auto whole = [](std::int64_t n) {
@@ -459,7 +446,7 @@ Size Editor::working_size(std::int64_t width, std::int64_t height, const std::op
         size.emplace(whole(wanted->width), whole(wanted->height));
     }
     const auto [w, h] =
-        images::working_size(*manifest_.image, static_cast<int>(width), static_cast<int>(height), size);
+        images::working_size(*policy, static_cast<int>(width), static_cast<int>(height), size);
     return {w, h};
 }
 
@@ -489,10 +476,12 @@ Editor::Samples Editor::samples(std::size_t count, const std::vector<Photo>& pho
     check_batch(count);
     Samples result;
     result.count = count;
+    const auto policy =
+        size ? manifest_.image : this->policy(static_cast<std::int64_t>(count));  // as in working_size
     for (const Photo& photo : photos) {
         if (photo.data == nullptr) continue;  // missing; this is noticed if the bundle needs it
-        const Size target = working_size(photo.width, photo.height, size);
-        if (manifest_.image) size = target;  // all photos are brought to the first one's
+        const Size target = working_size(photo.width, photo.height, size, policy);
+        if (policy) size = target;  // all photos are brought to the first one's
         Array rgb(Dtype::uint8, {photo.height, photo.width, 3});
         const std::size_t row = static_cast<std::size_t>(photo.width) * 3;
         for (std::int64_t y = 0; y < photo.height; ++y) {

@@ -18,6 +18,7 @@
 #include "core/bundle.hpp"
 #include "core/deltas.hpp"
 #include "core/schedule.hpp"
+#include "runtime/choice.hpp"
 #include "runtime/program.hpp"
 #include "text/prompt_encoder.hpp"
 
@@ -64,7 +65,8 @@ struct GenerateOptions {
     std::function<bool()> cancelled;
 };
 
-// What an editor accepts; `guidance`: name and default.
+// What an editor accepts: of the bundle's limits, what its engines cover if it runs on engines. `size` is
+// that of the newest of them; `guidance`: name and default.
 struct Limits {
     std::int64_t batch_min = 1, batch_max = 1;
     std::optional<core::ImagePolicy> size;
@@ -81,20 +83,17 @@ struct SharedBundle {
     std::shared_ptr<SessionPool> sessions;
 };
 
-struct EditorOptions {
-    std::string backend = "auto";
-    backends::Options device;
+struct EditorOptions : Wish {
     bool low_memory = false;
-    std::optional<std::string> variant;
 };
 
 // An opened bundle on a backend. Several threads may call one editor: it serves them one after another. After
 // a call returns, or throws, it holds nothing of the request.
 class Editor {
 public:
-    // Throws Error(bundle, device, input).
+    // Throws Error(bundle, device, engine, input).
     Editor(SharedBundle shared, const EditorOptions& options);
-    // On a given backend: `sharing` says in words with whom sessions are shared.
+    // On a given backend: `sharing` says in words with whom sessions are shared. Throws as the other.
     Editor(SharedBundle shared, std::shared_ptr<backends::Backend> backend, const std::string& sharing,
            const EditorOptions& options);
 
@@ -114,7 +113,7 @@ public:
     std::string backend() const { return std::string(backend_->name()); }
     // Throws Error(input) if the bundle does not take this many samples.
     void check_batch(std::size_t count) const;
-    // The size at which a photo is edited. Throws Error(input).
+    // The size at which a photo is edited alone, or in the smallest batch. Throws Error(input).
     Size working_size(std::int64_t width, std::int64_t height, const std::optional<Size>& wanted = {}) const;
 
     Timings timings();
@@ -126,6 +125,14 @@ public:
 private:
     struct Samples;
 
+    Editor(SharedBundle shared, Choice choice, const std::string& sharing, const EditorOptions& options);
+    void set_limits();
+    // How a photo's size is chosen: within the newest engine that takes the batch.
+    std::optional<core::ImagePolicy> policy(std::int64_t batch) const;
+    Size working_size(std::int64_t width, std::int64_t height, const std::optional<Size>& wanted,
+                      const std::optional<core::ImagePolicy>& policy) const;
+    // The size that the newest engine is tuned for, or a small one.
+    Size warm_up_size() const;
     Samples samples(std::size_t count, const std::vector<Photo>& photos, std::optional<Size> size) const;
     std::map<std::string, std::vector<double>> scales(const EditOptions& options) const;
     // Tensors that the caller gives by name: no deltas, and nothing that changes from step to step.
@@ -152,6 +159,7 @@ private:
     const SharedBundle shared_;
     const core::Manifest& manifest_;
     const std::shared_ptr<backends::Backend> backend_;
+    const std::vector<std::string> engines_;  // that may serve requests, the newest first
     std::map<std::string, std::unique_ptr<text::PromptEncoder>> encoders_;
     std::optional<core::Schedule> schedule_;
     Limits limits_;
@@ -159,10 +167,5 @@ private:
     std::mutex mutex_;
     std::atomic<std::thread::id> owner_{};
 };
-
-// The first engine of a bundle that is for this backend and variant, not stale, and not refused by the
-// backend. Throws Error(engine), with a reason for each that there is.
-std::string choose_engine(const core::Manifest& manifest, const backends::Backend& backend,
-                          const std::optional<std::string>& variant);
 
 }  // namespace hywu::runtime

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <utility>
 
+#include "core/engines.hpp"
 #include "core/error.hpp"
 
 namespace hywu::runtime {
@@ -19,17 +20,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-void check_covered(const core::Engine& engine, const std::string& key, const Axes& axes) {
-    const auto outside = engine.covers(axes);
-    if (!outside) return;
-    const auto& range = engine.shapes.at(*outside);
-    throw Error(ErrorKind::input,
-                "Axis " + *outside + " has size " + std::to_string(axes.at(*outside)) + ", which engine " +
-                    show(key) + " does not take",
-                "It was built for " + std::to_string(range[0]) + " to " + std::to_string(range[2]),
-                "Choose a size within these limits, or build an engine for larger ones");
 }
 
 void check_cancelled(const Request& request) {
@@ -156,8 +146,7 @@ void Executor::run(const Plan& plan, const Request& request,
                    const std::function<void(const std::string&, DeviceTensor&)>& result) {
     const Clock::time_point start = Clock::now();
     timings_ = {};
-    if (options_.engine)
-        check_covered(manifest_.engines.at(*options_.engine), *options_.engine, request.axes);
+    choose_engine(plan, request.axes);
     if (!layout_ || !(layout_->first == plan) || layout_->second != request.axes) {
         release();
         layout_ = {plan, request.axes};
@@ -168,16 +157,11 @@ void Executor::run(const Plan& plan, const Request& request,
         }
         run_load(plan);
         run_phase(plan.in(Phase::request), request, first_turn());
-        for (const std::string& name : request.finite) {
-            if (tensor(name, first_turn()).finite() == false) {
-                throw Error(ErrorKind::delta,
-                            "The generator made values of " + show(name, 200) + " that are not finite",
-                            "Expected finite numbers", "Check the bundle and the request's inputs");
-            }
-        }
+        const bool unseen = check_finite(request.finite);
         run_steps(plan, request);
         const Turn last = last_turn(request.evaluations);
         run_phase(plan.in(Phase::final), request, last);
+        if (unseen) check_result(plan, last);
         for (const std::string& name : plan.wanted) result(name, tensor(name, last));
         for (const auto& [slot, held] : buffers_) held->wipe();
     } catch (...) {
@@ -192,6 +176,7 @@ void Executor::run(const Plan& plan, const Request& request,
 
 void Executor::load(const Plan& plan) {
     if (options_.low_memory) return;
+    choose_engine(plan, {});
     for (const auto& calls : plan.calls) {
         for (const std::size_t i : calls) session(manifest_.program[i].graph);
     }
@@ -232,6 +217,53 @@ Executor::Turn Executor::step_turn(std::size_t evaluation) const {
 Executor::Turn Executor::last_turn(std::size_t evaluations) const {
     if (backend_->copies_state()) return first_turn();
     return evaluations % 2 ? Turn{Which::even, Which::even} : Turn{Which::odd, Which::odd};
+}
+
+void Executor::choose_engine(const Plan& plan, const Axes& axes) {
+    const std::optional<core::Target> target = backend_->target();
+    if (!target) return;
+    std::set<std::string> graphs;
+    for (const auto& calls : plan.calls) {
+        for (const std::size_t i : calls) graphs.insert(manifest_.program[i].graph);
+    }
+    std::string key = core::covering(bundle_->root(), manifest_, options_.engines, axes, graphs, *target);
+    if (key == engine_) return;
+    release();
+    sessions_.clear();
+    constants_.clear();
+    engine_ = std::move(key);
+}
+
+bool Executor::check_finite(const std::vector<std::string>& names) {
+    bool unseen = false;
+    for (const std::string& name : names) {
+        const std::optional<bool> finite = tensor(name, first_turn()).finite();
+        if (!finite) unseen = true;
+        if (finite == false) {
+            throw Error(ErrorKind::delta,
+                        "The generator made values of " + show(name, 200) + " that are not finite",
+                        "Expected finite numbers", "Check the bundle and the request's inputs");
+        }
+    }
+    return unseen;
+}
+
+void Executor::check_result(const Plan& plan, Turn after) {
+    std::set<std::string> states;
+    for (const std::size_t i : plan.in(Phase::final)) {
+        for (const auto& [port, name] : manifest_.reads(manifest_.program[i])) {
+            if (states_.count(name)) states.insert(name);
+        }
+    }
+    for (const std::string& name : states) {
+        DeviceTensor& held = tensor(name, after);
+        core::Array values(held.dtype(), held.shape());
+        held.read(values.data(), values.bytes());
+        if (core::all_finite(values.dtype(), values.data(), values.bytes())) continue;
+        throw Error(ErrorKind::delta, "The steps made values of " + show(name, 200) + " that are not finite",
+                    "Expected finite numbers: the generated deltas are not, or the graphs overflow with them",
+                    "Look at `hywu deltas generate`, or use another variant");
+    }
 }
 
 void Executor::run_load(const Plan& plan) {
@@ -285,11 +317,11 @@ void Executor::run_steps(const Plan& plan, const Request& request) {
         inputs.emplace_back(&buffer({input.name, Which::own}), &input);
     }
     timings_.steps.reserve(request.evaluations);
-    if (backend_->copies_state()) start_states(calls);
+    if (backend_->copies_state()) start_states(plan);
     for (std::size_t k = 0; k < request.evaluations;
          ++k) {  // allocates nothing once all turns have been taken
         check_cancelled(request);
-        Binding& unit = step(calls, step_turn(k));
+        Binding& unit = step(plan, step_turn(k));
         const Clock::time_point start = Clock::now();
         for (const auto& [held, input] : inputs) held->write(input->value(k), held->bytes());
         unit.run();
@@ -298,41 +330,45 @@ void Executor::run_steps(const Plan& plan, const Request& request) {
     }
 }
 
+std::vector<const core::State*> Executor::carried(const Plan& plan) const {
+    std::set<std::string> read(plan.wanted.begin(), plan.wanted.end());
+    for (const Phase phase : {Phase::step, Phase::final}) {
+        for (const std::size_t i : plan.in(phase)) {
+            for (const auto& [port, name] : manifest_.reads(manifest_.program[i])) read.insert(name);
+        }
+    }
+    std::vector<const core::State*> states;
+    for (const core::State& state : manifest_.state) {
+        if (read.count(state.tensor)) states.push_back(&state);
+    }
+    return states;
+}
+
 // Where a backend copies states: the first values.
-void Executor::start_states(const std::vector<std::size_t>& calls) {
+void Executor::start_states(const Plan& plan) {
     std::vector<std::pair<DeviceTensor*, DeviceTensor*>> copies;
-    for (const std::size_t i : calls) {
-        for (const auto& [port, name] : manifest_.reads(manifest_.program[i])) {
-            const auto found = states_.find(name);
-            if (found == states_.end()) continue;
-            DeviceTensor& state = tensor(name, first_turn());
-            if (const auto* initial = std::get_if<std::string>(&found->second->initial)) {
-                copies.emplace_back(&tensor(*initial, first_turn()), &state);
-            } else {
-                state.wipe();
-            }
+    for (const core::State* state : carried(plan)) {
+        DeviceTensor& held = tensor(state->tensor, first_turn());
+        if (const auto* initial = std::get_if<std::string>(&state->initial)) {
+            copies.emplace_back(&tensor(*initial, first_turn()), &held);
+        } else {
+            held.wipe();
         }
     }
     if (!start_) start_ = backend_->sequence({}, copies);
     start_->run();
 }
 
-Executor::Binding& Executor::step(const std::vector<std::size_t>& calls, Turn turn) {
+Executor::Binding& Executor::step(const Plan& plan, Turn turn) {
     std::unique_ptr<Binding>& unit = steps_[turn];
     if (!unit) {
         std::vector<Binding*> parts;
-        std::map<std::string, std::pair<DeviceTensor*, DeviceTensor*>> carried;
-        for (const std::size_t i : calls) {
-            parts.push_back(&binding(i, turn, true));
-            if (!backend_->copies_state()) continue;
-            for (const auto& [port, name] : manifest_.reads(manifest_.program[i])) {
-                if (const auto state = states_.find(name); state != states_.end()) {
-                    carried[name] = {&tensor(state->second->next, turn), &tensor(name, turn)};
-                }
-            }
-        }
+        for (const std::size_t i : plan.in(Phase::step)) parts.push_back(&binding(i, turn, true));
         std::vector<std::pair<DeviceTensor*, DeviceTensor*>> copies;
-        for (const auto& [name, copy] : carried) copies.push_back(copy);
+        if (backend_->copies_state()) {
+            for (const core::State* state : carried(plan))
+                copies.emplace_back(&tensor(state->next, turn), &tensor(state->tensor, turn));
+        }
         unit = backend_->sequence(std::move(parts), std::move(copies));
     }
     return *unit;
@@ -366,28 +402,34 @@ Executor::Binding& Executor::binding(std::size_t index, Turn turn, bool keep) {
 backends::Session& Executor::session(const std::string& graph) {
     if (const auto found = sessions_.find(graph); found != sessions_.end()) return *found->second;
     const Clock::time_point start = Clock::now();
-    std::string path;
-    std::vector<core::Weight> weights;
-    if (options_.engine) {
-        const std::string* plan = manifest_.engines.at(*options_.engine).graphs.find(graph);
-        if (plan == nullptr) {
-            throw Error(ErrorKind::engine,
-                        "Engine " + show(*options_.engine) + " has no graph " + show(graph),
-                        "Expected all graphs that the request runs",
-                        "Build the engine with this graph, or use another backend");
-        }
-        path = *plan;
+    std::shared_ptr<backends::Session> loaded;
+    if (!engine_.empty()) {
+        loaded = load_plan(graph);
     } else {
-        path = bundle_->graph_file(graph, options_.variant);
+        const std::string path = bundle_->graph_file(graph, options_.variant);
+        const std::filesystem::path file = bundle_->file(path);
+        loaded = pool_->get({options_.sharing, file},
+                            [&] { return backend_->load(file, bundle_->initializers(path)); });
     }
-    const std::filesystem::path file = bundle_->file(path);
-    std::shared_ptr<backends::Session> loaded = pool_->get({options_.sharing, file}, [&] {
-        if (!options_.engine) weights = bundle_->initializers(path);
-        return backend_->load(file, weights);
-    });
     backends::Session& held = *sessions_.emplace(graph, std::move(loaded)).first->second;
     timings_.load += seconds_since(start);
     return held;
+}
+
+std::shared_ptr<backends::Session> Executor::load_plan(const std::string& graph) {
+    const core::Engine& engine = manifest_.engines.at(engine_);
+    const std::string& path = engine.graphs.at(graph);
+    try {
+        bundle_->check(path);
+        const std::filesystem::path file = bundle_->file(path);
+        return pool_->get({options_.sharing, file}, [&] { return backend_->load(file, {}); });
+    } catch (const Error& error) {
+        if (error.kind() != ErrorKind::bundle && error.kind() != ErrorKind::engine) throw;
+        const std::string command = core::build_command(bundle_->root(), manifest_, *backend_->target(),
+                                                        engine.variant, engine.shapes);
+        throw Error(ErrorKind::engine, error.wrong(), error.expected(),
+                    "Build it again: " + command + " --rebuild");
+    }
 }
 
 void Executor::keep_sessions(const std::set<std::string>& graphs) {

@@ -73,7 +73,8 @@ struct Request {
     NamedViews values;  // everything the plan needs that does not change between steps
     std::vector<StepInput> per_step;
     std::size_t evaluations = 0;
-    // Refused if the request phase makes a value of these that is not finite, where looking is free.
+    // Refused if the request phase makes a value of these that is not finite, where looking is free; where it
+    // is not, what the steps made of them is looked at.
     std::vector<std::string> finite;
     std::function<void(std::size_t, std::size_t)> progress;  // evaluations done, and in all
     std::function<bool()> cancelled;
@@ -117,8 +118,7 @@ class Executor {
 public:
     struct Options {
         std::optional<std::string> variant;
-        std::optional<std::string>
-            engine;               // for a backend that runs engines: a key of the manifest's `engines`
+        std::vector<std::string> engines;  // that a backend with a target may use, the newest first
         std::string sharing;      // the backend and its options in words: editors that agree share sessions
         bool low_memory = false;  // keep only the session that runs (in the step phase: those of the steps),
                                   // load anew each time
@@ -132,8 +132,8 @@ public:
 
     // Runs a plan and calls `result` with each wanted tensor, in their order. No data of the request is kept.
     // Throws Error(cancelled): `request.cancelled` said so; Error(bundle, engine, device): a graph cannot be
-    // loaded or run; Error(delta): see Request::finite; Error(input): the size of an axis is not known; and
-    // what callbacks throw.
+    // loaded or run; Error(delta): see Request::finite; Error(input): the size of an axis is not known, or no
+    // engine takes it; and what callbacks throw.
     void run(const Plan& plan, const Request& request,
              const std::function<void(const std::string&, backends::DeviceTensor&)>& result);
     // Loads the graphs of a plan beforehand; does nothing in low-memory mode.
@@ -163,16 +163,25 @@ private:
     Turn step_turn(std::size_t evaluation) const;
     Turn last_turn(std::size_t evaluations) const;
 
+    // Takes the engine that serves a plan at some sizes; another one's graphs and buffers go.
+    void choose_engine(const Plan& plan, const Axes& axes);
+    // Refuses generated values that are not finite; gives whether there are some that cannot be looked at.
+    bool check_finite(const std::vector<std::string>& names);
+    // Refuses carried values that are not finite; they are small, and a wrong delta shows in them.
+    void check_result(const Plan& plan, Turn after);
     void run_load(const Plan& plan);
     void run_phase(const std::vector<std::size_t>& calls, const Request& request, Turn turn);
     void run_steps(const Plan& plan, const Request& request);
-    void start_states(const std::vector<std::size_t>& calls);
+    // The states that something of the steps or after them reads.
+    std::vector<const core::State*> carried(const Plan& plan) const;
+    void start_states(const Plan& plan);
     void timed(std::size_t index, Binding& binding);
     // A call bound to a turn's buffers. In low-memory mode other sessions go first, unless `keep`.
     Binding& binding(std::size_t index, Turn turn, bool keep = false);
     // All calls of a step as one.
-    Binding& step(const std::vector<std::size_t>& calls, Turn turn);
+    Binding& step(const Plan& plan, Turn turn);
     backends::Session& session(const std::string& graph);
+    std::shared_ptr<backends::Session> load_plan(const std::string& graph);
     // Drops the sessions of all other graphs, and the bindings that hold them.
     void keep_sessions(const std::set<std::string>& graphs);
     void release() noexcept;
@@ -191,6 +200,7 @@ private:
     std::set<std::string> nexts_;
 
     Timings timings_;
+    std::string engine_;  // the one in use
     std::map<std::string, std::shared_ptr<backends::Session>> sessions_;
     using Made = std::map<std::string, std::unique_ptr<DeviceTensor>>;
     std::map<std::pair<std::size_t, std::int64_t>, Made> constants_;  // by load call and batch size

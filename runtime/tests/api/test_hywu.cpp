@@ -172,6 +172,20 @@ TEST_CASE("struct sizes") {
     CHECK(params.device == -1);
     params.struct_size = 8;
     hywu_editor* editor = nullptr;
+    // A caller whose header had no `engine`: what lies behind its struct is neither read nor written.
+    const std::size_t former = offsetof(hywu_editor_params, engine);
+    hywu_editor_params older;
+    older.engine = "nobody";
+    REQUIRE(hywu_editor_params_init(&older, former) == HYWU_OK);
+    CHECK(older.struct_size == former);
+    CHECK(older.engine == std::string("nobody"));
+    older.backend = "magic";
+    CHECK(hywu_editor_load(toy().c_str(), nullptr, &older, &editor) == HYWU_ERROR_INPUT);
+    CHECK(error().find("There is no backend 'magic'") == 0);
+    older.struct_size = sizeof older;
+    older.backend = nullptr;
+    CHECK(hywu_editor_load(toy().c_str(), nullptr, &older, &editor) == HYWU_ERROR_INPUT);
+    CHECK(error().find("The bundle has no engine 'nobody'. It has: none") == 0);
     CHECK(hywu_editor_load(toy().c_str(), nullptr, &params, &editor) == HYWU_ERROR_INPUT);
     CHECK(error().find("hywu_editor_params has struct_size 8") == 0);
     struct {

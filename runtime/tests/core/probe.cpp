@@ -15,6 +15,7 @@
 
 #include "core/bundle.hpp"
 #include "core/deltas.hpp"
+#include "core/engines.hpp"
 #include "core/error.hpp"
 #include "core/files.hpp"
 #include "core/manifest.hpp"
@@ -378,12 +379,42 @@ json text(const json& question) {
             {"nearest", nearest}};
 }
 
+// Which engines of a bundle's manifest a target can use; with `graphs`, the one that serves `axes`; with
+// `command`, what would build one.
+json engines(const json& question) {
+    const core::Manifest manifest = core::Manifest::read(path_of(question, "path"));
+    const std::filesystem::path root = path_of(question, "root");
+    const json& given = question.at("target");
+    const core::Target target = {given.at("backend"), given.at("version"), given.at("capability"),
+                                 given.at("device")};
+    const auto optional = [&](const char* key) {
+        const json value = question.value(key, json());
+        return value.is_null() ? std::nullopt : std::optional<std::string>(value.get<std::string>());
+    };
+    if (question.contains("shapes")) {
+        core::AxisRanges shapes;
+        for (const auto& [axis, range] : question.at("shapes").items())
+            shapes.add(axis, range.get<std::array<std::int64_t, 3>>());
+        return core::build_command(root, manifest, target, optional("variant"), shapes);
+    }
+    const std::vector<std::string> keys =
+        core::usable(root, manifest, target, optional("variant"), optional("key"));
+    json sizes = json::array();
+    for (const std::string& key : keys)
+        sizes.push_back(dump(core::narrowed(manifest, manifest.engines.at(key))));
+    if (!question.contains("graphs")) return {{"keys", keys}, {"sizes", sizes}};
+    return core::covering(root, manifest, keys,
+                          question.at("axes").get<std::map<std::string, std::int64_t, std::less<>>>(),
+                          question.at("graphs").get<std::set<std::string>>(), target);
+}
+
 json number(const json& question) { return core::repr(question.at("number").get<double>()); }
 
 json answer(const json& question) {
     static const std::map<std::string, std::function<json(const json&)>> commands = {
-        {"manifest", manifest}, {"bundle", bundle}, {"schedule", schedule}, {"noise", noise},
-        {"deltas", deltas},     {"sha256", sha256}, {"text", text},         {"number", number},
+        {"manifest", manifest}, {"bundle", bundle}, {"schedule", schedule},
+        {"noise", noise},       {"deltas", deltas}, {"sha256", sha256},
+        {"text", text},         {"number", number}, {"engines", engines},
     };
     try {
         return {{"ok", commands.at(question.at("command"))(question)}};

@@ -54,7 +54,8 @@ inline void from_doubles(const std::vector<double>& values, core::Dtype dtype, s
     for (std::size_t i = 0; i < values.size(); ++i) {
         if (dtype == core::Dtype::float32) reinterpret_cast<float*>(data)[i] = static_cast<float>(values[i]);
         if (dtype == core::Dtype::uint8)
-            data[i] = static_cast<std::byte>(static_cast<int>(127.5 * (values[i] + 1)));
+            data[i] = static_cast<std::byte>(
+                std::isfinite(values[i]) ? static_cast<int>(127.5 * (values[i] + 1)) : 0);
     }
 }
 
@@ -65,6 +66,8 @@ struct FakeLog {
     std::atomic<int> loads{0}, sessions{0}, tensors{0}, runs{0}, operations{0};
     int fail_at = -1;                     // the number of the operation that fails
     std::vector<std::string> ran;         // files, in order; kept only if `record`
+    std::vector<std::string> folders;     // of the files that were loaded; kept only if `record`
+    std::set<core::Shape> shapes;         // of the tensors that were made; kept only if `record`
     bool record = false, poison = false;  // `poison`: a generated delta is not a number
     std::set<FakeTensor*> alive;          // for backends of one thread
 
@@ -78,10 +81,13 @@ struct FakeLog {
 
 class FakeTensor final : public DeviceTensor {
 public:
-    FakeTensor(std::shared_ptr<FakeLog> log, core::Dtype dtype, const core::Shape& shape)
-        : DeviceTensor(dtype, shape), log_(std::move(log)), memory_(dtype, shape) {
+    FakeTensor(std::shared_ptr<FakeLog> log, core::Dtype dtype, const core::Shape& shape, bool visible)
+        : DeviceTensor(dtype, shape), log_(std::move(log)), memory_(dtype, shape), visible_(visible) {
         ++log_->tensors;
-        if (log_->record) log_->alive.insert(this);
+        if (log_->record) {
+            log_->alive.insert(this);
+            log_->shapes.insert(shape);
+        }
     }
     ~FakeTensor() override {
         --log_->tensors;
@@ -102,6 +108,7 @@ public:
         std::memset(memory_.data(), 0, bytes());
     }
     std::optional<bool> finite() override {
+        if (!visible_) return std::nullopt;
         const auto values = to_doubles(dtype(), memory_.data(), bytes());
         return std::all_of(values.begin(), values.end(), [](double x) { return std::isfinite(x); });
     }
@@ -110,6 +117,7 @@ public:
 private:
     std::shared_ptr<FakeLog> log_;
     core::Array memory_;
+    bool visible_;
 };
 
 class FakeBinding final : public Binding {
@@ -167,26 +175,28 @@ private:
     std::string file_;
 };
 
-class FakeBackend final : public Backend {
+class FakeBackend : public Backend {
 public:
-    explicit FakeBackend(std::shared_ptr<FakeLog> log, bool copies = false)
-        : log_(std::move(log)), copies_(copies) {}
+    // `visible`: its tensors can be looked at without a copy.
+    explicit FakeBackend(std::shared_ptr<FakeLog> log, bool copies = false, bool visible = true)
+        : log_(std::move(log)), copies_(copies), visible_(visible) {}
     std::string_view name() const override { return "fake"; }
     std::shared_ptr<Session> load(const std::filesystem::path& file,
                                   const std::vector<core::Weight>&) override {
         log_->operation("load");
         ++log_->loads;
+        if (log_->record) log_->folders.push_back(file.parent_path().filename().u8string());
         return std::make_shared<FakeSession>(log_, file.filename().u8string());
     }
     std::unique_ptr<DeviceTensor> allocate(core::Dtype dtype, const std::vector<int64_t>& shape) override {
         log_->operation("allocate");
-        return std::make_unique<FakeTensor>(log_, dtype, shape);
+        return std::make_unique<FakeTensor>(log_, dtype, shape, visible_);
     }
     bool copies_state() const override { return copies_; }
 
 private:
     std::shared_ptr<FakeLog> log_;
-    bool copies_;
+    bool copies_, visible_;
 };
 
 }  // namespace hywu::testing

@@ -28,11 +28,9 @@ namespace {
 #if defined(TRT_MAJOR_RTX)
 Entry entry() { return hywu::backends::tensorrt_rtx::entry(); }
 const std::string version = "1.6.0.27", product = "TensorRT-RTX";
-constexpr auto engine_backend = hywu::core::EngineBackend::tensorrt_rtx;
 #else
 Entry entry() { return hywu::backends::tensorrt::entry(); }
 const std::string version = "10.3.0.30", product = "TensorRT";
-constexpr auto engine_backend = hywu::core::EngineBackend::tensorrt;
 #endif
 
 // A folder of its own, gone afterwards.
@@ -104,7 +102,13 @@ TEST_SUITE("tensorrt") {
         const Log log;
         CHECK_FALSE(entry().missing());
         const auto backend = make();
-        CHECK(backend->uses_engines());
+        const auto target = backend->target();
+        REQUIRE(target);
+        CHECK(target->backend == entry().name);
+        CHECK(target->version == version);
+        CHECK(target->capability == "8.9");
+        CHECK(target->device == "Pretended GPU");
+        CHECK(entry().version() == version);
         CHECK(backend->copies_state());
         CHECK(backend->name() == entry().name);
         CHECK(has(log.text, product + " " + version + " on Pretended GPU, compute capability 8.9"));
@@ -317,12 +321,13 @@ TEST_SUITE("tensorrt") {
         for (const auto& [text, reason] : cases) {
             const Error error =
                 failure([&, &text = text] { backend->load(folder.write("step.plan", text), {}); });
-            CHECK(error.kind() == ErrorKind::device);
-            CHECK(has(error.wrong(), "The engine 'step.plan' cannot be loaded: "));
+            CHECK(error.kind() == ErrorKind::engine);
+            CHECK(error.wrong().find("The plan " + folder.path.filename().string() +
+                                     "/step.plan cannot be loaded: ") == 0);
             CHECK(has(error.wrong(), reason));
-            CHECK(error.expected() == "Expected a whole plan for " + product + " " + version +
-                                          " and Pretended GPU, compute capability 8.9");
-            CHECK(has(error.remedy(), "ort-cpu"));
+            CHECK(error.expected() ==
+                  "Expected a whole plan of " + product + " " + version + " for a GPU of 8.9");
+            CHECK(has(error.remedy(), "hywu build"));
         }
         const Error error = failure([&] { backend->load(folder.path / "absent.plan", {}); });
         CHECK(error.kind() == ErrorKind::bundle);
@@ -359,35 +364,6 @@ TEST_SUITE("tensorrt") {
         CHECK(other.kind() == ErrorKind::bundle);
         CHECK(other.wrong() == "The engine 'graph.plan' makes 'sum' [1, 5]");
         CHECK(other.expected() == "The manifest says [1, 4]");
-    }
-
-    TEST_CASE("engines of the manifest that are refused") {
-        const auto backend = make();
-        hywu::core::Engine engine;
-        engine.backend = engine_backend;
-        engine.version = version;
-        engine.compute_capabilities = {"7.5", "8.9"};
-        CHECK_FALSE(backend->refuses(engine));
-
-        engine.version = version.substr(0, version.rfind('.')) + ".1";
-        CHECK(backend->refuses(engine) ==
-              "it was built with " + product + " " + engine.version + ", and this is " + version);
-        engine.version_compatible = true;
-        CHECK_FALSE(backend->refuses(engine));  // older, and of the same major version
-        engine.version = version + "9";
-        CHECK(backend->refuses(engine));  // newer
-        engine.version = "9.3.0.1";
-        CHECK(backend->refuses(engine));
-        engine.version = version;
-
-        engine.compute_capabilities = {"8.0", "12.0"};
-        CHECK(backend->refuses(engine) ==
-              "it was built for GPUs of compute capability 8.0, 12.0, and this is Pretended GPU, compute "
-              "capability 8.9");
-        engine.hardware_compatible = true;
-        CHECK_FALSE(backend->refuses(engine));  // 8.0 is of an earlier generation
-        engine.compute_capabilities = {"12.0"};
-        CHECK(backend->refuses(engine));
     }
 
     TEST_CASE("editors in several threads share an engine") {

@@ -1,7 +1,6 @@
 #include "backends/onnxruntime/onnxruntime.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -75,20 +74,6 @@ std::string type_text(ONNXTensorElementDataType type) {
     }
 }
 
-// float16 and float32 alone can be anything but finite.
-bool all_finite(Dtype dtype, const std::byte* data, std::size_t bytes) {
-    if (dtype == Dtype::float32) {
-        const auto* values = reinterpret_cast<const float*>(data);
-        return std::all_of(values, values + bytes / sizeof(float), [](float x) { return std::isfinite(x); });
-    }
-    if (dtype == Dtype::float16) {
-        const auto* values = reinterpret_cast<const std::uint16_t*>(data);
-        return std::all_of(values, values + bytes / 2,
-                           [](std::uint16_t x) { return (x & 0x7C00U) != 0x7C00U; });
-    }
-    return true;
-}
-
 Error no_memory(Dtype dtype, const std::vector<int64_t>& shape) {
     std::string sizes;
     for (const int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
@@ -135,7 +120,7 @@ public:
     void wipe() override {
         if (bytes() != 0) std::memset(memory_.data(), 0, bytes());
     }
-    std::optional<bool> finite() override { return all_finite(dtype(), memory_.data(), bytes()); }
+    std::optional<bool> finite() override { return core::all_finite(dtype(), memory_.data(), bytes()); }
 
 private:
     core::Array memory_;

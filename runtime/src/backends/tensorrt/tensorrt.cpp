@@ -63,23 +63,6 @@ std::vector<std::string> library_names() {
 #endif
 }
 
-// "10.13.3.9" as numbers; what is not there is 0.
-std::vector<int> numbers(const std::string& version) {
-    std::vector<int> result;
-    int number = 0;
-    for (const char c : version) {
-        if (c >= '0' && c <= '9' && number < 100000) {
-            number = number * 10 + (c - '0');
-        } else if (c == '.') {
-            result.push_back(number);
-            number = 0;
-        }
-    }
-    result.push_back(number);
-    result.resize(4);
-    return result;
-}
-
 // ---- The library
 // -------------------------------------------------------------------------------------------------
 
@@ -567,10 +550,11 @@ public:
     }
 
     std::string_view name() const override { return backend_name; }
-    bool uses_engines() const override { return true; }
+    std::optional<core::Target> target() const override {
+        return core::Target{backend_name, Library::get().version, device_->capability(), device_->name()};
+    }
     bool copies_state() const override { return true; }
 
-    std::optional<std::string> refuses(const core::Engine& engine) const override;
     std::shared_ptr<Session> load(const std::filesystem::path& file,
                                   const std::vector<core::Weight>&) override;
 
@@ -590,29 +574,31 @@ public:
     }
 
 private:
+    Error not_loaded(const std::filesystem::path& file, const std::string& reason) const;
     std::string here() const { return device_->name() + ", compute capability " + device_->capability(); }
 
     std::shared_ptr<const cuda::Device> device_;
     std::shared_ptr<cuda::Stream> stream_;
 };
 
-std::optional<std::string> TensorRt::refuses(const core::Engine& engine) const {
-    const std::string& version = Library::get().version;
-    const std::vector<int> built = numbers(engine.version), runs = numbers(version);
-    const bool newer = built[0] == runs[0] && built <= runs;
-    if (!(engine.version_compatible ? newer : built == runs)) {
-        return "it was built with " + std::string(product) + " " + engine.version + ", and this is " +
-               version;
+// A plan that cannot be loaded: where it was the GPU's fault, a better plan would not help.
+Error TensorRt::not_loaded(const std::filesystem::path& file, const std::string& reason) const {
+    const std::string wrong = "The plan " + core::display(file.parent_path().filename() / file.filename()) +
+                              " cannot be loaded: " + reason;
+    const auto says = [&](const char* words) { return reason.find(words) != std::string::npos; };
+    if (says("cudaError 35") || says("CUDA error 35") || says("driver version is insufficient") ||
+        says("no CUDA-capable")) {
+        return Error(ErrorKind::device, wrong, "Expected an NVIDIA GPU with a driver that suits this version",
+                     "Update the driver, or use the backend ort-cpu");
     }
-    const std::vector<int> gpu = {device_->major(), device_->minor()};
-    std::string capabilities;
-    for (const std::string& capability : engine.compute_capabilities) {
-        std::vector<int> wanted = numbers(capability);
-        wanted.resize(2);
-        if (wanted == gpu || (engine.hardware_compatible && wanted <= gpu)) return std::nullopt;
-        capabilities += (capabilities.empty() ? "" : ", ") + capability;
+    if (says("out of memory") || says("Out of memory") || says("OutOfMemory")) {
+        return Error(ErrorKind::device, wrong, "Expected the graphs to fit the GPU's memory",
+                     "Use a smaller size or batch, or low_memory=True");
     }
-    return "it was built for GPUs of compute capability " + capabilities + ", and this is " + here();
+    return Error(ErrorKind::engine, wrong,
+                 "Expected a whole plan of " + std::string(product) + " " + Library::get().version +
+                     " for a GPU of " + device_->capability(),
+                 "Build the engine again with `hywu build`");
 }
 
 std::shared_ptr<Session> TensorRt::load(const std::filesystem::path& file, const std::vector<core::Weight>&) {
@@ -635,13 +621,7 @@ std::shared_ptr<Session> TensorRt::load(const std::filesystem::path& file, const
                     "The engine " + show(core::display(file)) + " cannot be read: " + error.what(),
                     "Expected a plan file", "Copy the bundle anew, or build the engine with `hywu build`");
     }
-    if (engine == nullptr) {
-        throw Error(
-            ErrorKind::device,
-            "The engine " + show(core::display(file.filename())) + " cannot be loaded: " + reason,
-            "Expected a whole plan for " + std::string(product) + " " + library.version + " and " + here(),
-            "Build it on this machine with `hywu build`, or use the backend ort-cpu, which works here");
-    }
+    if (engine == nullptr) throw not_loaded(file, reason);
     return std::make_shared<Engine>(device_, file, std::move(engine));
 }
 
@@ -652,9 +632,11 @@ Entry entry() {
         if (auto reason = cuda::missing()) return reason;
         return Library::get().missing;
     };
-    return {backend_name, missing, [](const Options& options) -> std::unique_ptr<Backend> {
+    return {backend_name, missing,
+            [](const Options& options) -> std::unique_ptr<Backend> {
                 return std::make_unique<TensorRt>(options);
-            }};
+            },
+            [] { return Library::get().version; }};
 }
 
 }  // namespace hywu::backends::HYWU_FLAVOUR
