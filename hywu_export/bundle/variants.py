@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from hywu_export.bundle.additions import BundleAddition
 from hywu_export.bundle.weights import SAFETENSORS_DTYPES, StoredTensor, WeightsFile
+from hywu_runtime.errors import BundleError
 from hywu_runtime.manifest import LinkedTensor, Manifest, Variant
 
 if TYPE_CHECKING:
@@ -39,10 +40,17 @@ def load_graph(bundle: Bundle, graph: str, variant: str | None = None) -> ir.Mod
 
     Raises:
         InputError: there is no such variant.
-        BundleError: the root of a linked checkpoint was not given.
+        BundleError: the graph is damaged, or the root of a linked checkpoint was not given.
     """
     file = bundle.graph_file(graph, variant)
-    model = ir.load(bundle.file(file))
+    try:
+        model = ir.load(bundle.file(file))
+    except Exception as error:  # protobuf and onnx-ir have many for a damaged file
+        raise BundleError(
+            f"{file} cannot be loaded: {' '.join(str(error).split())[:200]}",
+            "Expected an ONNX graph",
+            "The bundle is damaged: copy or export it again",
+        ) from error
     links = bundle.manifest.linked.get(file, {})
     for name, weight in bundle.initializers(file).items():
         model.graph.initializers[name].const_value = LinkedWeight(weight, links[name], name)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hywu_calibration.methods import LEVELS
-from hywu_calibration.sessions import load_model
+from hywu_export.bundle.sessions import load_model
 from hywu_export.passes.layers import find_layers
 from hywu_export.passes.quantize import LEAST_SCALE, Quantized, half_scale, quantize, quantize_weight
 
