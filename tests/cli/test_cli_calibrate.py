@@ -142,18 +142,9 @@ def test_for_the_cpu(own: Path, data: tuple[Any, ...], tmp_path: Path) -> None:
     assert {x["op"] for x in report["layers"]} <= {"MatMul", "Gemm"}
     model = onnx.load(own / "variants" / "int8-cpu" / "step.onnx", load_external_data=False)
     assert not any(value.data_type == onnx.TensorProto.FLOAT16 for value in model.graph.initializer)
-    run(
-        "edit",
-        own,
-        picture(tmp_path / "p.png"),
-        "a cat",
-        "--steps",
-        1,
-        "--variant",
-        "int8-cpu",
-        "--out",
-        tmp_path / "o.png",
-    )
+    photo, edited = picture(tmp_path / "p.png"), tmp_path / "o.png"
+    run("edit", own, photo, "a cat", "--steps", 1, "--variant", "int8-cpu", "--out", edited)
+    assert "--backend tensorrt" in refused("build", own, "--variant", "int8-cpu")
 
 
 def test_text(own: Path, data: tuple[Any, ...]) -> None:

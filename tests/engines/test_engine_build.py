@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 from quantized import WIDTH, model, write_model_bundle
 
 from hywu_export.bundle import BundleAddition
-from hywu_export.engines import BuildOptions, build
+from hywu_export.engines import BuildOptions, build, write_script
 from hywu_export.engines.plans import read_header
 from hywu_export.engines.shapes import ShapeOptions
 from hywu_runtime import Bundle
@@ -175,6 +176,27 @@ def test_turing_is_refused_up_front(
     with pytest.raises(UnsupportedError, match=said) as caught:
         build(bundle, BuildOptions(compute_capabilities=("7.5", "8.9")))
     check_parts(caught.value)
+
+
+@pytest.mark.parametrize("zero", [None, 128])
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_the_form_for_onnx_runtime_is_refused_up_front(
+    tmp_path: Path, zero: int | None, backend: Any
+) -> None:
+    unsigned = model()
+    (tensor,) = (t for t in unsigned.graph.initializer if t.name == "x.zero")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(zero or 0, np.uint8), "x.zero"))
+    for node in unsigned.graph.node:
+        if zero is None and node.name == "m/Q":  # ONNX's default is UINT8 too
+            node.input.pop()
+    onnx.checker.check_model(unsigned)
+    bundle = write_model_bundle(tmp_path / "bundle", unsigned)
+    with pytest.raises(UnsupportedError, match=r"'step' is in UINT8 \(first at 'm/Q'\)") as caught:
+        build(bundle, BuildOptions(backend=backend))
+    assert "hywu calibrate BUNDLE --variant int8 --backend tensorrt" in check_parts(caught.value)
+    with pytest.raises(UnsupportedError, match="UINT8"):
+        write_script(tmp_path / "script.sh", bundle, BuildOptions(backend=backend))
+    assert not (tmp_path / "script.sh").exists()
 
 
 @rtx
