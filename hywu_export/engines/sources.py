@@ -141,8 +141,8 @@ def check_signed(source: GraphSource, variant: str | None) -> None:
         if dtype == onnx.TensorProto.UINT8:
             what = f"Variant {variant!r}" if variant is not None else "The bundle"
             raise UnsupportedError(
-                f"{what} is quantized for ONNX Runtime on the CPU: graph {source.name!r} is in UINT8 (first at "
-                f"{node.name or node.op_type!r})",
+                f"{what} is quantized for ONNX Runtime on the CPU: graph {source.name!r} is in UINT8 (first "
+                f"at {node.name or node.op_type!r})",
                 "TensorRT and TensorRT-RTX take signed INT8 with zero point 0",
                 "Calibrate for TensorRT: `hywu calibrate BUNDLE --variant int8 --backend tensorrt`",
             )
