@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +131,33 @@ def test_the_same_build_is_reused_and_another_is_not(quantized: Path) -> None:
     other = build(quantized, BuildOptions(compute_capabilities=("8.9",), shapes=ShapeOptions(batch="2")))
     assert other.key != first.key
     assert set(other.manifest.engines) == {first.key, other.key}
+
+
+@rtx
+def test_stale_engines_go_when_a_new_one_comes(quantized: Path) -> None:
+    """Those of the same backend and variant alone."""
+    old = build(quantized, BuildOptions(compute_capabilities=("8.9",), shapes=SMALL)).key
+    manifest = json.loads((quantized / "manifest.json").read_text())
+    other = json.loads(json.dumps(manifest["engines"][old]).replace(old, "other"))
+    manifest["engines"]["other"] = {**other, "backend": "tensorrt", "device": "a GPU"}
+    for path, entry in list(manifest["files"].items()):
+        if path.startswith("engines/"):
+            manifest["files"][path.replace(old, "other")] = entry
+    shutil.copytree(quantized / "engines" / old, quantized / "engines/other")
+    changed = model()
+    changed.graph.doc_string = "made again"
+    content = changed.SerializeToString()
+    (quantized / "step.onnx").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"]["step.onnx"] = {"size": len(content), "sha256": digest}
+    (quantized / "manifest.json").write_text(json.dumps(manifest))
+    before = Bundle.open(quantized, verify=True).manifest
+    assert {key for key in before.engines if before.stale(key)} == {old, "other"}
+    new = build(quantized, BuildOptions(compute_capabilities=("8.6",), shapes=SMALL)).key
+    after = Bundle.open(quantized, verify=True).manifest
+    assert set(after.engines) == {new, "other"}
+    assert {path.name for path in (quantized / "engines").iterdir()} == {new, "other"}
+    assert not any(old in path for path in after.files)
 
 
 BROKEN = {
