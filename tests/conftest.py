@@ -187,6 +187,25 @@ def bundle(pair: Pair, once: Callable[[str, Callable[[Path], None]], Path]) -> P
 
 
 @pytest.fixture(scope="session")
+def linked_bundle(pair: Pair, once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A bundle of `pair` whose weights stay in the checkpoints, small in all; beside it what
+    ``hywu export --json`` printed, ``export.json``. Do not write to it."""
+
+    def make(folder: Path) -> None:
+        from cli_tools import answer
+
+        report = answer(
+            "export", "--base", pair.base, "--generator", pair.generator, "--out", folder / "bundle",
+            "--link-weights", "--scheduler", "euler", "--scheduler", "dpmpp_2m", "--max-steps", 6,
+            "--steps", 3, "--guidance", 3, "--image-guidance", 1.25, "--size", 16, "--max-size", 64,
+            "--batch", 2,
+        )  # fmt: skip
+        (folder / "export.json").write_text(json.dumps(report))
+
+    return once("linked_bundle", make) / "bundle"
+
+
+@pytest.fixture(scope="session")
 def lora_bundle(pair: Pair, once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """The base of `pair` alone, with deltas of rank 8 for attention, feed-forward and convolutions."""
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from demo.recipe.operations import OPERATIONS
 from demo.run import HERE, psnr
-from hywu_calibration.sessions import ModelBackend
+from hywu_export.bundle.sessions import ModelBackend
 from hywu_export.bundle.variants import load_graph
 from hywu_export.passes.half import emulate
 from hywu_runtime import Bundle, Editor

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hywu_calibration.samples import Sample
-from hywu_calibration.sessions import ModelBackend
+from hywu_export.bundle.sessions import ModelBackend
 from hywu_runtime.backends import Backend
 from hywu_runtime.bundle import Bundle
 

@@ -45,9 +45,9 @@ from hywu_calibration.report import (
     versions,
 )
 from hywu_calibration.sensitivity import half_sqnr, layer_sqnr, weight_sqnr
-from hywu_calibration.sessions import ModelBackend
 from hywu_calibration.wide import wide_nodes
 from hywu_calibration.work import Progress, Work
+from hywu_export.bundle.sessions import ModelBackend
 from hywu_export.bundle.variants import component_sizes, load_graph, write_variant
 from hywu_export.passes import check
 from hywu_export.passes.half import Half, emulate, structure, to_half

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hywu_calibration.histogram import Histogram
 from hywu_calibration.records import Record
-from hywu_calibration.sessions import load_model
+from hywu_export.bundle.sessions import load_model
 from hywu_runtime.codec import show
 from hywu_runtime.errors import BundleError
 from hywu_runtime.files import write_atomically

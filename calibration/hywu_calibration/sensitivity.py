@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hywu_calibration.records import Record
-from hywu_calibration.sessions import load_model
+from hywu_export.bundle.sessions import load_model
 
 if TYPE_CHECKING:
     import onnx_ir as ir

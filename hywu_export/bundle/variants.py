@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from hywu_export.bundle.additions import BundleAddition
 from hywu_export.bundle.weights import SAFETENSORS_DTYPES, StoredTensor, WeightsFile
+from hywu_runtime.errors import BundleError
 from hywu_runtime.manifest import LinkedTensor, Manifest, Variant
 
 if TYPE_CHECKING:
@@ -35,20 +39,66 @@ class LinkedWeight(ir.Tensor[Any]):
 
 
 def load_graph(bundle: Bundle, graph: str, variant: str | None = None) -> ir.Model:
-    """A graph of an opened bundle. Weights are read when they are asked for; linked ones are `LinkedWeight`.
+    """A graph of an opened bundle. Weights are mapped into memory; linked ones are `LinkedWeight`.
 
     Raises:
         InputError: there is no such variant.
-        BundleError: the root of a linked checkpoint was not given.
+        BundleError: the graph or where its weights are is damaged, or the root of a linked checkpoint was
+            not given.
     """
     file = bundle.graph_file(graph, variant)
-    model = ir.load(bundle.file(file))
+    try:
+        model = ir.load(bundle.file(file))
+    except Exception as error:  # protobuf and onnx-ir have many for a damaged file
+        raise BundleError(
+            f"{file} cannot be loaded: {' '.join(str(error).split())[:200]}",
+            "Expected an ONNX graph",
+            "The bundle is damaged: copy or export it again",
+        ) from error
     links = bundle.manifest.linked.get(file, {})
     for name, weight in bundle.initializers(file).items():
         model.graph.initializers[name].const_value = LinkedWeight(weight, links[name], name)
+    _map_weights(bundle, file, model.graph)
     for number, node in enumerate(model.graph):  # passes speak of nodes by name
         node.name = node.name or f"{node.op_type}.{number}"
     return model
+
+
+def _map_weights(bundle: Bundle, file: str, graph: ir.Graph) -> None:
+    """Maps external data. onnx-ir's own reader refuses files with several hard links, as copies of bundles
+    and caches have them; that files are the bundle's is seen from the manifest here."""
+    maps: dict[str, Any] = {}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        place = posixpath.normpath(posixpath.join(posixpath.dirname(file), str(tensor.location)))
+        if place not in bundle.manifest.files:
+            raise _no_weight(
+                file, name, f"lies in {str(tensor.location)!r}, which the manifest does not list"
+            )
+        if place not in maps:
+            try:
+                with bundle.file(place).open("rb") as stream:
+                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise _no_weight(file, name, f"cannot be mapped from {place}: {error}") from None
+            maps[place] = np.frombuffer(mapped, np.uint8)
+        start, dtype, shape = tensor.offset or 0, tensor.dtype.numpy(), tensor.shape.numpy()
+        data = maps[place][start : start + tensor.nbytes]
+        if start < 0 or len(data) != tensor.nbytes:
+            raise _no_weight(file, name, f"is cut off: {place} ends before byte {start + tensor.nbytes}")
+        value.const_value = ir.Tensor(
+            data.view(dtype).reshape(shape), tensor.dtype, shape=ir.Shape(shape), name=name
+        )
+
+
+def _no_weight(file: str, name: str, problem: str) -> BundleError:
+    return BundleError(
+        f"Weight {name!r} of {file} {problem}",
+        "Weights lie in files of the bundle or are linked",
+        "The bundle is damaged: copy or export it again",
+    )
 
 
 def write_variant(

@@ -18,6 +18,7 @@ from hywu_export.engines.job import (
     Built,
     Work,
     add_records,
+    commit_engine,
     engine_report,
     plan_name,
     plan_work,
@@ -84,7 +85,7 @@ def import_plans(bundle: str | Path, folder: str | Path) -> Built:
         )
         report = engine_report(key, engine, work.settings, reports)
         add_records(addition, report, logs, work)
-        manifest = addition.commit(lambda m: replace(m, engines={**m.engines, key: engine}))
+        manifest = commit_engine(addition, key, engine)
     return Built(key, manifest, report, reused=False)
 
 

@@ -23,6 +23,7 @@ from hywu_export.engines.shapes import Range, ShapeOptions, engine_shapes, profi
 from hywu_export.engines.sources import (
     GraphSource,
     check_hashes,
+    check_signed,
     check_turing,
     graph_source,
     model_path,
@@ -185,8 +186,41 @@ def build(
         )
         report = engine_report(key, engine, settings, reports)
         add_records(addition, report, logs, work)
-        manifest = addition.commit(lambda m: replace(m, engines={**m.engines, key: engine}))
+        manifest = commit_engine(addition, key, engine)
     return Built(key, manifest, report, reused=False)
+
+
+def commit_engine(addition: BundleAddition, key: str, engine: Engine) -> Manifest:
+    """Puts an engine in its place. Stale ones of its backend and variant, which no runtime takes, go with it.
+
+    Their entries leave the manifest first, so that the bundle is valid at every moment.
+
+    Returns:
+        the bundle's new manifest.
+    Raises:
+        BundleError: see `BundleAddition.commit`.
+    """
+    stale: list[str] = []
+
+    def change(manifest: Manifest) -> Manifest:
+        stale[:] = [
+            other
+            for other, one in manifest.engines.items()
+            if (one.backend, one.variant) == (engine.backend, engine.variant)
+            and manifest.stale(other) is not None
+        ]
+        folders = tuple(f"engines/{other}/" for other in stale)
+        return replace(
+            manifest,
+            files={path: file for path, file in manifest.files.items() if not path.startswith(folders)},
+            engines={k: e for k, e in manifest.engines.items() if k not in stale} | {key: engine},
+        )
+
+    manifest = addition.commit(change)
+    for other in stale:
+        log.info("engine %s is removed: what it was built from has changed", other)
+        shutil.rmtree(addition.bundle / "engines" / other, ignore_errors=True)
+    return manifest
 
 
 def plan_work(bundle: str | Path, options: BuildOptions) -> Work:
@@ -214,6 +248,8 @@ def plan_work(bundle: str | Path, options: BuildOptions) -> Work:
         )
     names = [name for name in manifest.graphs if name in options.graphs or not options.graphs]
     sources = tuple(graph_source(opened, name, options.variant) for name in names)
+    for source in sources:
+        check_signed(source, options.variant)
     if any(source.linked for source in sources):
         opened = Bundle.open(bundle, sources=options.sources)  # checks the checkpoints
     shapes = engine_shapes(manifest, names, options.shapes)

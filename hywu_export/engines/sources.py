@@ -120,6 +120,34 @@ def model_path(bundle: Bundle, source: GraphSource) -> Iterator[Path]:
         yield view / file.name
 
 
+def check_signed(source: GraphSource, variant: str | None) -> None:
+    """Refuses what is quantized to UINT8: the form of INT8 that is for ONNX Runtime on the CPU alone.
+
+    Raises:
+        UnsupportedError: naming the graph and the first node.
+    """
+    import onnx
+
+    types = _types(source.model)
+    for node in source.model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            zero = node.input[2] if len(node.input) > 2 else ""
+            declared = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
+            dtype = types.get(zero) if zero else declared or onnx.TensorProto.UINT8  # what ONNX defaults to
+        elif node.op_type == "DequantizeLinear":
+            dtype = types.get(node.input[0]) or types.get(node.input[2] if len(node.input) > 2 else "")
+        else:
+            continue
+        if dtype == onnx.TensorProto.UINT8:
+            what = f"Variant {variant!r}" if variant is not None else "The bundle"
+            raise UnsupportedError(
+                f"{what} is quantized for ONNX Runtime on the CPU: graph {source.name!r} is in UINT8 (first "
+                f"at {node.name or node.op_type!r})",
+                "TensorRT and TensorRT-RTX take signed INT8 with zero point 0",
+                "Calibrate for TensorRT: `hywu calibrate BUNDLE --variant int8 --backend tensorrt`",
+            )
+
+
 def check_turing(source: GraphSource, fp32: bool) -> None:
     """Refuses what compute capability 7.5 cannot compute: BF16, and in TensorRT-RTX FP32 matrix products.
 

@@ -158,13 +158,34 @@ def _dequantizer(graph: ir.Graph, layer: Layer, integers: ir.Value) -> ir.Value:
 def dequantized_weight(
     graph: ir.Graph, layer: Layer, smoothing: npt.NDArray[np.float32] | None = None
 ) -> ir.Value:
-    """The INT8 weight through DQ, in the layout that a MatMul or Conv reads."""
+    """The INT8 weight through DQ, in the layout that a MatMul or Conv reads.
+
+    A module that is used twice has one INT8 weight, unless its uses are smoothed in different ways.
+    """
+    value, scales = _integers(graph, layer, smoothing)
+    axis = 0 if layer.op == "Conv" else 1
+    node = ir.node(
+        "DequantizeLinear", [value, scales], {"axis": axis}, name=f"{layer.name}.weight/DequantizeLinear"
+    )
+    node.outputs[0].name = node.name
+    graph.insert_before(layer.node, node)
+    return node.outputs[0]
+
+
+def _integers(
+    graph: ir.Graph, layer: Layer, smoothing: npt.NDArray[np.float32] | None
+) -> tuple[ir.Value, ir.Value]:
+    """The INT8 weight and its scales, as another use of the module has left them or new ones."""
     stored = layer.weight.const_value
     assert stored is not None
     dimensions = tuple(int(d) for d in stored.shape.numpy())
     turn = layer.op != "Conv" and layer.transposed
-    axis = 0 if layer.op == "Conv" else 1
-    base = f"{layer.name}.weight"
+    base = f"{(layer.weight.name or '').removesuffix('.weight')}.weight"
+    there = graph.initializers.get(f"{base}.int8")
+    if there is not None:
+        if there.meta["turned"] == turn and _same(there.meta["smoothing"], smoothing):
+            return there, graph.initializers[f"{base}.scale"]
+        base = f"{layer.name}.weight"
     scales = quantize_weight(stored.numpy(), layer.output_axis, smoothing)[1]
 
     def integers() -> ir.Tensor[Any]:
@@ -173,18 +194,15 @@ def dequantized_weight(
 
     shape = ir.Shape(dimensions[::-1] if turn else dimensions)
     value = ir.Value(name=f"{base}.int8", shape=shape, type=ir.TensorType(ir.DataType.INT8))
+    value.meta.update(turned=turn, smoothing=smoothing)
     # Computed when it is asked for: a model's weights are never all in memory.
     value.const_value = ir.LazyTensor(integers, ir.DataType.INT8, shape, name=value.name)
     graph.register_initializer(value)
-    node = ir.node(
-        "DequantizeLinear",
-        [value, _initializer(graph, f"{base}.scale", scales)],
-        {"axis": axis},
-        name=f"{base}/DequantizeLinear",
-    )
-    node.outputs[0].name = node.name
-    graph.insert_before(layer.node, node)
-    return node.outputs[0]
+    return value, _initializer(graph, f"{base}.scale", scales)
+
+
+def _same(a: npt.NDArray[np.float32] | None, b: npt.NDArray[np.float32] | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
 
 
 def _to_matmul(graph: ir.Graph, layer: Layer, data: ir.Value, weight: ir.Value) -> None:

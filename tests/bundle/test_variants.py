@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from safetensors import safe_open
-from toy_bundle import write_bundle
+from toy_bundle import rewrite, write_bundle
 
 from hywu_export.bundle.variants import component_sizes, load_graph, write_variant
 from hywu_export.passes import lint
 from hywu_export.passes.half import to_half
 from hywu_runtime import Bundle, Editor
 from hywu_runtime.errors import BundleError
-
-Once = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture
@@ -96,6 +95,57 @@ def test_graphs_share_weights_that_are_alike(toy: Path) -> None:
         assert value is not None
         np.testing.assert_array_equal(value.numpy(), large * scale)
     assert component_sizes({"a": with_weight(1)})["unet"] == large.nbytes
+
+
+def with_external_weight(bundle: Path, dtype: ir.DataType) -> np.ndarray:
+    """A variant ``v`` with the weight ``unet.w``, which is in a file of its own."""
+    large = np.random.default_rng(0).standard_normal((60, 50)).astype(dtype.numpy())
+    model = load_graph(Bundle.open(bundle), "prepare")
+    value = ir.Value(name="unet.w", shape=ir.Shape(large.shape), type=ir.TensorType(dtype))
+    value.const_value = ir.Tensor(large, dtype, name="unet.w")
+    model.graph.register_initializer(value)
+    write_variant(bundle, "v", "fp16", {"prepare": model})
+    return large
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT8])
+def test_hard_linked_files_are_read(toy: Path, tmp_path: Path, dtype: ir.DataType) -> None:
+    large = with_external_weight(toy, dtype)
+    copy = shutil.copytree(toy, tmp_path / "copy", copy_function=os.link)
+    assert os.stat(copy / "variants/v/weights/unet.safetensors").st_nlink == 2
+    tensor = load_graph(Bundle.open(copy), "prepare", "v").graph.initializers["unet.w"].const_value
+    assert tensor is not None
+    assert tensor.dtype == dtype
+    assert not tensor.numpy().flags.owndata  # mapped, not read
+    assert tensor.tobytes() == large.tobytes()
+    write_variant(copy, "again", "fp16", {"prepare": load_graph(Bundle.open(copy), "prepare", "v")})
+    parts = [(copy / "variants" / name / "weights/unet.safetensors").read_bytes() for name in ("v", "again")]
+    assert parts[0] == parts[1]
+
+
+def test_weights_that_are_not_where_the_graph_says(toy: Path) -> None:
+    with_external_weight(toy, ir.DataType.FLOAT16)
+    path = toy / "variants/v/prepare.onnx"
+    model = onnx.load(path, load_external_data=False)
+    (tensor,) = (t for t in model.graph.initializer if t.name == "unet.w")
+    entries = {entry.key: entry for entry in tensor.external_data}
+    for key, value, words in (
+        ("offset", "999999", "is cut off"),
+        ("location", "../../../secret", "the manifest does not list"),
+        ("location", "/etc/passwd", "the manifest does not list"),
+    ):
+        entries[key].value = value
+        onnx.save(model, path)
+        rewrite(toy, lambda _: None)
+        with pytest.raises(BundleError, match=rf"'unet.w' of variants/v/prepare.onnx .*{words}"):
+            load_graph(Bundle.open(toy), "prepare", "v")
+
+
+def test_a_damaged_graph(toy: Path) -> None:
+    (toy / "step.onnx").write_bytes(b"no graph")
+    rewrite(toy, lambda _: None)
+    with pytest.raises(BundleError, match=r"step.onnx cannot be loaded"):
+        load_graph(Bundle.open(toy), "step")
 
 
 def test_a_full_disk_leaves_the_bundle_as_it_was(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,18 +142,9 @@ def test_for_the_cpu(own: Path, data: tuple[Any, ...], tmp_path: Path) -> None:
     assert {x["op"] for x in report["layers"]} <= {"MatMul", "Gemm"}
     model = onnx.load(own / "variants" / "int8-cpu" / "step.onnx", load_external_data=False)
     assert not any(value.data_type == onnx.TensorProto.FLOAT16 for value in model.graph.initializer)
-    run(
-        "edit",
-        own,
-        picture(tmp_path / "p.png"),
-        "a cat",
-        "--steps",
-        1,
-        "--variant",
-        "int8-cpu",
-        "--out",
-        tmp_path / "o.png",
-    )
+    photo, edited = picture(tmp_path / "p.png"), tmp_path / "o.png"
+    run("edit", own, photo, "a cat", "--steps", 1, "--variant", "int8-cpu", "--out", edited)
+    assert "--backend tensorrt" in refused("build", own, "--variant", "int8-cpu")
 
 
 def test_text(own: Path, data: tuple[Any, ...]) -> None:
@@ -253,6 +244,52 @@ def test_disk_full(own: Path, data: tuple[Any, ...], monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     assert files(own) == before
     shutil.rmtree(own.parent / f".{own.name}.calibration", ignore_errors=True)
+
+
+def test_disk_full_at_the_end(own: Path, data: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the variant is written, when all the work is done: it is not lost."""
+    before = files(own)
+    fsync = os.fsync
+
+    def full(file: int) -> None:
+        if "/variants/" in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    arguments = ("calibrate", own, "--variant", "fp16", *data, "--steps", 1, "--samples", 2, "--min-psnr", 20)
+    assert "No space left" in refused(*arguments)
+    monkeypatch.undo()
+    assert files(own) == before
+    assert names(own) == {name.partition("/")[0] for name in before}
+    cache = own.parent / f".{own.name}.calibration"
+    recorded = {p.name: p.stat().st_mtime_ns for p in cache.glob("*/sample-*")}
+    assert recorded
+    run(*arguments, "--cache", cache)
+    assert {p.name: p.stat().st_mtime_ns for p in cache.glob("*/sample-*")} == recorded
+    assert "fp16" in Manifest.read(own).variants
+
+
+def test_linked_weights(pair: Any, linked_bundle: Path, data: tuple[Any, ...], tmp_path: Path) -> None:
+    own = Path(shutil.copytree(linked_bundle, tmp_path / "bundle"))
+    few = ("calibrate", own, *data, "--steps", 1, "--samples", 2, "--min-psnr", 20, "--variant")
+    assert "--source" in refused(*few, "fp16")
+    sources = ("--source", f"base={pair.base}", "--source", f"generator={pair.generator}")
+    answer(*few, "fp16", *sources)
+    manifest = Manifest.read(own)
+    for graph, file in manifest.variants["fp16"].graphs.items():  # cast where they are
+        assert manifest.linked.get(file) == manifest.linked.get(manifest.graphs[graph].file), graph
+    assert "variants/fp16/weights/unet.safetensors" not in manifest.files
+    answer(*few, "int8-weights", *sources)
+    manifest = Manifest.read(own)
+    stored = manifest.files["variants/int8-weights/weights/unet.safetensors"].size
+    unet = (pair.base / "unet/diffusion_pytorch_model.safetensors").stat().st_size
+    assert 0.2 * unet < stored < 0.4 * unet  # stored as INT8; biases and norms stay linked
+    photo, edited = picture(tmp_path / "p.png", 16, 16), tmp_path / "o.png"
+    for variant in ("fp16", "int8-weights"):
+        edit = ("edit", own, photo, "a cat", "--steps", 1, "--variant", variant, "--out", edited)
+        run(*edit, *sources)
+    assert "--source" in refused(*edit)
 
 
 def spoiled(own: Path, file: str, name: str) -> None:

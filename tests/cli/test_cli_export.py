@@ -47,13 +47,9 @@ def test_generator_alone(pair: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pair_with_linked_weights(pair: Any, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    report = answer(
-        *arguments(pair, tmp_path), "--link-weights", "--scheduler", "euler", "--scheduler", "dpmpp_2m",
-        "--max-steps", 6, "--steps", 3, "--guidance", 3, "--image-guidance", 1.25, "--size", 16,
-        "--max-size", 64, "--batch", 2,
-    )  # fmt: skip
+def test_pair_with_linked_weights(pair: Any, linked_bundle: Path, tmp_path: Path) -> None:
+    out = linked_bundle
+    report = json.loads((out.parent / "export.json").read_text())
     assert report["schedulers"] == ["euler", "dpmpp_2m"]
     assert report["linked_bytes"] > 3_000_000 > report["bytes"]
     summary = answer("inspect", out)

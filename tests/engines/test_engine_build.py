@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 from quantized import WIDTH, model, write_model_bundle
 
 from hywu_export.bundle import BundleAddition
-from hywu_export.engines import BuildOptions, build
+from hywu_export.engines import BuildOptions, build, write_script
 from hywu_export.engines.plans import read_header
 from hywu_export.engines.shapes import ShapeOptions
 from hywu_runtime import Bundle
@@ -130,6 +133,33 @@ def test_the_same_build_is_reused_and_another_is_not(quantized: Path) -> None:
     assert set(other.manifest.engines) == {first.key, other.key}
 
 
+@rtx
+def test_stale_engines_go_when_a_new_one_comes(quantized: Path) -> None:
+    """Those of the same backend and variant alone."""
+    old = build(quantized, BuildOptions(compute_capabilities=("8.9",), shapes=SMALL)).key
+    manifest = json.loads((quantized / "manifest.json").read_text())
+    other = json.loads(json.dumps(manifest["engines"][old]).replace(old, "other"))
+    manifest["engines"]["other"] = {**other, "backend": "tensorrt", "device": "a GPU"}
+    for path, entry in list(manifest["files"].items()):
+        if path.startswith("engines/"):
+            manifest["files"][path.replace(old, "other")] = entry
+    shutil.copytree(quantized / "engines" / old, quantized / "engines/other")
+    changed = model()
+    changed.graph.doc_string = "made again"
+    content = changed.SerializeToString()
+    (quantized / "step.onnx").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"]["step.onnx"] = {"size": len(content), "sha256": digest}
+    (quantized / "manifest.json").write_text(json.dumps(manifest))
+    before = Bundle.open(quantized, verify=True).manifest
+    assert {key for key in before.engines if before.stale(key)} == {old, "other"}
+    new = build(quantized, BuildOptions(compute_capabilities=("8.6",), shapes=SMALL)).key
+    after = Bundle.open(quantized, verify=True).manifest
+    assert set(after.engines) == {new, "other"}
+    assert {path.name for path in (quantized / "engines").iterdir()} == {new, "other"}
+    assert not any(old in path for path in after.files)
+
+
 BROKEN = {
     "operator": (one_node("GhostOp", TensorProto.FLOAT), "deep/GhostOp", "operators"),
     "types": (
@@ -175,6 +205,27 @@ def test_turing_is_refused_up_front(
     with pytest.raises(UnsupportedError, match=said) as caught:
         build(bundle, BuildOptions(compute_capabilities=("7.5", "8.9")))
     check_parts(caught.value)
+
+
+@pytest.mark.parametrize("zero", [None, 128])
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_the_form_for_onnx_runtime_is_refused_up_front(
+    tmp_path: Path, zero: int | None, backend: Any
+) -> None:
+    unsigned = model()
+    (tensor,) = (t for t in unsigned.graph.initializer if t.name == "x.zero")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(zero or 0, np.uint8), "x.zero"))
+    for node in unsigned.graph.node:
+        if zero is None and node.name == "m/Q":  # ONNX's default is UINT8 too
+            node.input.pop()
+    onnx.checker.check_model(unsigned)
+    bundle = write_model_bundle(tmp_path / "bundle", unsigned)
+    with pytest.raises(UnsupportedError, match=r"'step' is in UINT8 \(first at 'm/Q'\)") as caught:
+        build(bundle, BuildOptions(backend=backend))
+    assert "hywu calibrate BUNDLE --variant int8 --backend tensorrt" in check_parts(caught.value)
+    with pytest.raises(UnsupportedError, match="UINT8"):
+        write_script(tmp_path / "script.sh", bundle, BuildOptions(backend=backend))
+    assert not (tmp_path / "script.sh").exists()
 
 
 @rtx

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hywu_calibration.methods import LEVELS
-from hywu_calibration.sessions import load_model
+from hywu_export.bundle.sessions import load_model
 from hywu_export.passes.layers import find_layers
 from hywu_export.passes.quantize import LEAST_SCALE, Quantized, half_scale, quantize, quantize_weight
 
@@ -212,3 +212,37 @@ def test_tensorrt_rtx_parses_it() -> None:
 
     narrow = to_half(quantize(model(), plan(True)), "fp16", ())
     assert parser_errors(ir.to_proto(narrow).SerializeToString()) == []
+
+
+TWICE = """
+<ir_version: 10, opset_import: ["" : 20]>
+graph (float[n, 24] x) => (float[n, 24] y) <float[24, 24] m_weight> {
+    w = Transpose<perm = [1, 0]>(m_weight)
+    first = MatMul(x, w)
+    between = Tanh(first)
+    y = MatMul(between, w)
+}
+"""
+
+
+@pytest.mark.parametrize("factors", [(None, None), (2, 2), (2, None), (2, 3)])
+def test_a_module_used_twice_has_one_weight(factors: tuple[float | None, float | None]) -> None:
+    parsed = onnx.parser.parse_model(TWICE)
+    weight = np.random.default_rng(0).standard_normal((24, 24)).astype(np.float32)
+    del parsed.graph.value_info[:]
+    parsed.graph.initializer.append(onnx.numpy_helper.from_array(weight, "m.weight"))
+    parsed.graph.node[0].input[0] = "m.weight"
+    original = ir.from_proto(parsed)
+    plan = {
+        name: Quantized(0.03125, None if f is None else np.geomspace(1, f, 24).astype(np.float32))
+        for name, f in zip(("m", "m#2"), factors)
+    }
+    made = quantize(original.clone(), plan)
+    stored = sorted(name for name in made.graph.initializers if name.endswith(".weight.int8"))
+    same = factors[0] == factors[1]
+    assert stored == (["m.weight.int8"] if same else ["m#2.weight.int8", "m.weight.int8"])
+    producers = [node.inputs[1].producer() for node in made.graph if node.op_type == "MatMul"]
+    assert len(set(producers)) == 2  # ONNX Runtime fuses only a DQ that nothing else reads
+    x = {"x": np.random.default_rng(1).uniform(-3, 3, (5, 24)).astype(np.float32)}
+    exact, got = (load_model(m).run(x)["y"] for m in (original, made))
+    assert 20 < 10 * np.log10(np.square(exact).sum() / np.square(exact - got).sum()) < 60

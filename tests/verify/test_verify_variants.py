@@ -8,11 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from cli_tools import answer, picture, refused, run
 from fake_tensorrt import Machine, add_engine
 from toy_bundle import rewrite, write_bundle
+
+from hywu_export.verify.subjects import VariantSubject
+from hywu_runtime import Bundle
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def test_a_good_variant(toy: Path) -> None:
     same = by_name(report, "variant same")
     assert same["step_plain"]["tensors"][0]["largest"] == 0
     assert [part["part"] for part in report["not_run"]] == ["torch"]
-    assert "roundings between FP16 nodes" in report["notes"][0]
+    assert "each FP16 and BF16 result rounded" in report["notes"][0]
     text = run("verify", toy, "--variant", "near").stdout
     assert "variant same" not in text
     assert "SQNR of at least 35 dB" in text
@@ -138,14 +142,42 @@ def in_bf16(model: onnx.ModelProto) -> None:
         model.graph.node.insert(place, cast)
 
 
-def test_bf16_is_not_run(toy: Path) -> None:
+def test_bf16_is_run_with_its_roundings(toy: Path) -> None:
     add_variant(toy, "bf16", "step", in_bf16, precision="bf16")
     report = answer("verify", toy)
-    assert {"part": "variant bf16", "reason": "ONNX Runtime's CPU does not compute in BF16"} in report[
-        "not_run"
-    ]
-    assert report["checks"] == []
-    assert "nothing was compared" in run("verify", toy).stdout
+    assert [part["part"] for part in report["not_run"]] == ["torch"]
+    checks = by_name(report, "variant bf16")
+    assert set(checks) == {"step", "edit", "edit without deltas", "edit without guidance"}
+    assert 30 < checks["step"]["tensors"][0]["sqnr_db"] < 70  # a significand of 8 bits: 48 dB
+
+
+def thirds(model: onnx.ModelProto) -> None:
+    """``latents`` times a third, times three, in FP16."""
+    fp16, fp32 = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    node = onnx.helper.make_node
+    for name, factor in (("third", 1 / 3), ("three", 3)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float16(factor), name))
+    next(n for n in model.graph.node if "latents" in n.output).output[:] = ["exact"]
+    model.graph.node.extend(
+        [
+            node("Cast", ["exact"], ["narrow"], to=fp16),
+            node("Mul", ["narrow", "third"], ["less"]),
+            node("Mul", ["less", "three"], ["more"]),
+            node("Cast", ["more"], ["latents"], to=fp32),
+        ]
+    )
+
+
+def test_fp16_is_rounded_after_every_node(toy: Path) -> None:
+    add_variant(toy, "fp16", "prepare", thirds)
+    random = np.random.default_rng(0)
+    noise = random.standard_normal((1, 4, 8, 8)).astype(np.float32)
+    inputs = {"noise": noise, "scale": np.array(1, np.float32), "words": np.ones((1, 4), np.float32)}
+    subject = VariantSubject(Bundle.open(toy), "fp16")
+    found = subject.run("prepare", inputs, {"latents": noise.shape, "cache": (1, 4)})["latents"]
+    rounded = noise.astype(np.float16) * np.float16(1 / 3) * np.float16(3)  # by NumPy
+    np.testing.assert_array_equal(found, rounded.astype(np.float32))
+    assert by_name(answer("verify", toy), "variant fp16")["prepare"]["failure"] is None
 
 
 def test_photo_prompt_and_bad_names(toy: Path, tmp_path: Path) -> None:
