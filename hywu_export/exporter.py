@@ -141,7 +141,10 @@ class _Job:
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
-        self.tokenizer = None if self.plan.tokenizer is None else _open_tokenizer(self.plan.tokenizer)
+        self.tokenizers = {
+            name: (encoding, *_open_tokenizer(encoding.folder))
+            for name, encoding in self.plan.tokenizers.items()
+        }
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
         from hywu_export.passes import check
@@ -183,8 +186,8 @@ class _Job:
             sections["image"] = encode(plan.image)
         if self.spec is not None:
             sections["deltas"] = self.spec.to_manifest()
-        if self.tokenizer is not None:
-            sections["tokenizers"] = encode(self._add_tokenizer(writer, *self.tokenizer))
+        if self.tokenizers:
+            sections["tokenizers"] = encode(self._add_tokenizers(writer))
         if self.tables:
             sections["schedules"] = encode(self._add_schedules(writer))
         return sections
@@ -229,12 +232,18 @@ class _Job:
         trained = None if self.generator is None else self.generator.defaults.steps
         return asked or min(max(trained or DEFAULT_STEPS, low), high)
 
-    def _add_tokenizer(self, writer: BundleWriter, file: bytes, pad_id: int) -> dict[str, Tokenizer]:
-        path = "tokenizer/tokenizer.json"
-        writer.add_file(path, file)
+    def _add_tokenizers(self, writer: BundleWriter) -> dict[str, Tokenizer]:
         texts = [tensor for tensor in self.plan.tensors.values() if tensor.source == "text"]
         lengths = {text.tokenizer: text.shape[1] for text in texts}
-        return {str(name): Tokenizer(path, int(length), pad_id) for name, length in lengths.items()}
+        entries: dict[str, Tokenizer] = {}
+        for name, (encoding, file, pad_id) in self.tokenizers.items():
+            path = f"tokenizer/{encoding.folder.name}.json"
+            if all(entry.file != path for entry in entries.values()):
+                writer.add_file(path, file)
+            entries[name] = Tokenizer(
+                path, int(lengths[name]), pad_id, encoding.pad_side, template=encoding.template
+            )
+        return entries
 
     def _add_schedules(self, writer: BundleWriter) -> Schedules:
         from hywu_export.schedules import write_schedules

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hywu_export.deltas.spec import DeltaSpec
 from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec
@@ -27,6 +27,18 @@ class Limits:
     area: int | None = None
 
 
+@dataclass(frozen=True)
+class TextEncoding:
+    """How a pipeline brings texts to token ids: the tokenizer's ``folder``; the rest as in the manifest.
+
+    The length is that of the text tensors which use it.
+    """
+
+    folder: Path
+    template: str = "{}"
+    pad_side: Literal["left", "right"] = "right"
+
+
 @dataclass
 class Plan:
     """A bundle, or a part of one, before tracing; parts are merged with `add`.
@@ -38,7 +50,7 @@ class Plan:
         program: calls in order.
         state, guidance, image: as in the manifest.
         result: the tensor that holds the edited image, if any.
-        tokenizer: the folder of the tokenizer that text tensors use, if any.
+        tokenizers: what text tensors are encoded with, by the name that these give.
     """
 
     graphs: list[GraphSpec] = field(default_factory=list)
@@ -49,7 +61,7 @@ class Plan:
     guidance: list[Guidance] = field(default_factory=list)
     image: ImagePolicy | None = None
     result: str | None = None
-    tokenizer: Path | None = None
+    tokenizers: dict[str, TextEncoding] = field(default_factory=dict)
 
     def add(self, part: Plan) -> None:
         """Take in a part whose calls are of the request phase, to run after this plan's own of that phase."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hywu_export.deltas import DeltaSpec, inject
-from hywu_export.families.base import ConditionSource, Limits, Plan, ReferenceEdit
+from hywu_export.families.base import ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
 from hywu_export.families.components import Component, class_name, open_component, read_config
 from hywu_export.families.pixels import from_pixels, to_pixels
 from hywu_export.schedules import apply_row, make_scheduler
@@ -357,7 +357,7 @@ class InstructPix2Pix:
                 limits.area or min(side.max, self._native_side) ** 2,
             ),
             result="edited",
-            tokenizer=self.folder / "tokenizer",
+            tokenizers={TOKENIZER: TextEncoding(self.folder / "tokenizer")},
         )
 
     def reference_edit(self, edit: ReferenceEdit) -> npt.NDArray[np.uint8]:

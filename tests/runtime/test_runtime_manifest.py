@@ -182,6 +182,8 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("default steps", lambda m: m["schedules"].update(default_steps=99), "default_steps", False),
     ("no schedules", lambda m: m.pop("schedules"), "schedules", False),
     ("no such tokenizer", lambda m: m["tensors"]["ids.base"].update(tokenizer="ghost"), "ghost", False),
+    ("no place for the text", lambda m: m["tokenizers"]["long"].update(template="none"), "template", True),
+    ("two places", lambda m: m["tokenizers"]["long"].update(template="{} or {}"), "template", False),
     ("wrong text length", lambda m: m["tensors"]["ids.base"].update(shape=["batch", 9]), "shape", False),
     ("text and constant", lambda m: m["tensors"]["ids.base"].update(text="prompt"), "exactly one", False),
     ("stray key", lambda m: m["tensors"]["gate"].update(draw="step"), "draw", False),

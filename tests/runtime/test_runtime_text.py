@@ -78,6 +78,16 @@ def test_cutting_is_warned_of(clip: tuple[CLIPTokenizer, Path], caplog: pytest.L
     assert "12 tokens" in caplog.text
 
 
+def test_a_template(clip: tuple[CLIPTokenizer, Path]) -> None:
+    tokenizer, path = clip
+    entry = Tokenizer("t.json", 32, tokenizer.pad_token_id, template="ask: {}!")
+    ids, mask = PromptEncoder(path, entry).encode(["it", "{}"])
+    tokenizer.padding_side = "right"
+    expected = tokenizer(["ask: it!", "ask: {}!"], padding="max_length", max_length=32, return_tensors="np")
+    np.testing.assert_array_equal(ids, expected.input_ids)
+    np.testing.assert_array_equal(mask, expected.attention_mask)
+
+
 def test_refusing_instead_of_cutting(clip: tuple[CLIPTokenizer, Path]) -> None:
     encoder = PromptEncoder(clip[1], Tokenizer("t.json", 12, 1, truncate=False))
     assert encoder.encode(["short"])[0].shape == (1, 12)

@@ -47,6 +47,13 @@ FilePath: TypeAlias = Annotated[
         is_safe_path,
     ),
 ]
+Template: TypeAlias = Annotated[
+    str,
+    Rule(
+        "a text of at most 65536 characters with `{}` in it once",
+        lambda s: s.count("{}") == 1 and len(s) <= 65536,
+    ),
+]
 Digest: TypeAlias = Annotated[
     str, Rule("64 lower-case hexadecimal digits", lambda s: re.fullmatch("[0-9a-f]{64}", s) is not None)
 ]
@@ -291,6 +298,7 @@ class Tokenizer:
     pad_id: Annotated[int, Rule("a token id", lambda n: 0 <= n < 2**31)]
     pad_side: Literal["left", "right"] = "right"
     truncate: bool = True
+    template: Template = "{}"
 
 
 @dataclass(frozen=True)

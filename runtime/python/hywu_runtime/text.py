@@ -47,13 +47,16 @@ class PromptEncoder:
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Token ids and attention mask, both int64 ``[len(texts), max_length]``; cutting a text is warned of.
 
+        Each text is put into the entry's template first.
+
         Raises:
             InputError: a text is not a string of valid Unicode, is absurdly long, or too long where the
                 bundle does not cut.
         """
         for text in texts:
             check_text(text)
-        encodings = self._tokenizer.encode_batch(list(texts))
+        before, _, after = self.entry.template.partition("{}")
+        encodings = self._tokenizer.encode_batch([f"{before}{text}{after}" for text in texts])
         for text, encoding in zip(texts, encodings):
             if len(encoding.ids) != self.entry.max_length:
                 raise InputError(

@@ -38,6 +38,15 @@ struct DigestRule {
     }
 };
 
+struct TemplateRule {
+    static std::string what() { return "a text of at most 65536 characters with `{}` in it once"; }
+    static bool test(const std::string& text) {
+        const std::size_t gap = text.find("{}");
+        return gap != std::string::npos && text.find("{}", gap + 2) == std::string::npos &&
+               core::length(text) <= 65536;
+    }
+};
+
 struct CountRule {
     static std::string what() { return "an integer of at least 0"; }
     static bool test(std::int64_t number) { return number >= 0; }
@@ -118,6 +127,7 @@ using Count = Narrowed<Integer, CountRule>;
 using Size = Narrowed<Integer, RangeRule<1, max_dimension>>;
 using Length = Narrowed<Integer, RangeRule<1, 1048576>>;
 using TokenId = Narrowed<Integer, TokenIdRule>;
+using Template = Narrowed<Text, TemplateRule>;
 
 struct Dimension {
     using type = Dim;
@@ -383,6 +393,7 @@ static void fields(Visitor& visit, Tokenizer& value) {
     visit(TokenId{}, "pad_id", value.pad_id);
     visit.optional(Word<SideWords>{}, "pad_side", value.pad_side);
     visit.optional(Boolean{}, "truncate", value.truncate);
+    visit.optional(Template{}, "template", value.text_template);
 }
 
 template <class Visitor>

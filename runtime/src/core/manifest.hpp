@@ -202,6 +202,7 @@ struct Tokenizer {
     std::int64_t max_length = 1, pad_id = 0;
     PadSide pad_side = PadSide::right;
     bool truncate = true;
+    std::string text_template = "{}";  // a text stands in the place of `{}`
 };
 
 // A checkpoint file that linked weights point into.

@@ -57,10 +57,13 @@ Encoded PromptEncoder::encode(const std::vector<std::string>& texts) const {
     Encoded result;
     result.ids.reserve(texts.size() * length);
     result.mask.reserve(texts.size() * length);
+    const std::size_t gap = entry_.text_template.find("{}");
     for (const std::string& text : texts) {
+        std::string whole = entry_.text_template;
+        whole.replace(gap, 2, text);
         Tokenizer::Result tokens;
         try {
-            tokens = tokenizer_->encode(text, entry_.truncate ? std::optional(length) : std::nullopt);
+            tokens = tokenizer_->encode(whole, entry_.truncate ? std::optional(length) : std::nullopt);
         } catch (const UnknownToken& error) {
             throw Error(ErrorKind::bundle,
                         "The prompt " + core::show(text) + " has no tokens: " + error.what(),

@@ -134,11 +134,9 @@ json dump(const core::DeltaSpec& value) {
         {"rank", value.rank}, {"gate", value.gate}, {"axis", value.axis}, {"targets", dump(value.targets)}};
 }
 json dump(const core::Tokenizer& value) {
-    return {{"file", value.file},
-            {"max_length", value.max_length},
-            {"pad_id", value.pad_id},
-            {"pad_side", dump(value.pad_side)},
-            {"truncate", value.truncate}};
+    return {{"file", value.file},         {"max_length", value.max_length},
+            {"pad_id", value.pad_id},     {"pad_side", dump(value.pad_side)},
+            {"truncate", value.truncate}, {"template", value.text_template}};
 }
 json dump(const core::SourceFile& value) {
     return {{"size", value.size}, {"header_sha256", value.header_sha256}};

@@ -116,6 +116,14 @@ TEST_CASE("padding, cutting and refusing") {
     CHECK(error.expected() == "This bundle takes 8");
 }
 
+TEST_CASE("a template") {
+    core::Tokenizer asking = entry(16);
+    asking.text_template = "a photo, {} please";
+    const Encoded got = PromptEncoder(demo, asking).encode({"sepia", "{}"});
+    CHECK(got.ids ==
+          PromptEncoder(demo, entry(16)).encode({"a photo, sepia please", "a photo, {} please"}).ids);
+}
+
 TEST_CASE("texts that are none") {
     for (const std::string text : {"\xff", "a\xc3", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\xc0\x80"}) {
         CAPTURE(core::show(text));
