@@ -42,6 +42,7 @@ class ExportOptions:
         steps, guidance: defaults of an edit.
         max_batch, max_size, size: limits, and the side in pixels of the default working area.
         link_weights: leave the weights in the checkpoints.
+        hoist: compute once per request what no step changes.
         overwrite: replace an existing bundle.
     """
 
@@ -56,6 +57,7 @@ class ExportOptions:
     max_size: int | None = None
     size: int | None = None
     link_weights: bool = False
+    hoist: bool = True
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -147,12 +149,14 @@ class _Job:
         }
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
+        from hywu_export.invariants import split
         from hywu_export.passes import check
         from hywu_export.tracing import trace
 
         traced = trace(graph, self.plan.axes)
-        check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
-        writer.add_graph(traced)
+        for part in split(traced, self.plan) if self.options.hoist else [traced]:
+            check(part.model, self.plan.axes, part.inputs, part.outputs, part.name)
+            writer.add_graph(part)
 
     def sections(self, writer: BundleWriter) -> dict[str, object]:
         """Add weights and files to the writer; return the sections of the manifest that it cannot know."""

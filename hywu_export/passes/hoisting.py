@@ -1,0 +1,291 @@
+"""Takes out of a step what does not change between steps, into a graph of its own that runs once per request.
+
+What a value costs decides, not what it is called: the products that depend on neither latents nor timestep
+move (text keys and values with their deltas, weights merged with deltas), if they save enough arithmetic for
+every byte that the step then reads instead. Mere views, transposes or concatenations of inputs stay: moving
+them would only copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.convenience import extract
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants
+
+LEAST_FLOPS_PER_BYTE = 8.0
+"""Arithmetic that a moved value saves in each step, over the bytes that each step reads in its place. A CPU
+core does about ten operations in the time in which it reads a byte, a GPU a hundred."""
+MOST_BYTES = 2**29
+"""Memory for moved values at the sizes of the first probe; the least useful ones stay."""
+
+Dimension = int | str
+
+
+class _Known(NamedTuple):
+    """What shape inference found out about a value."""
+
+    shape: tuple[int, ...]
+    type: ir.TensorType
+
+
+_PRODUCTS = ("MatMul", "Gemm", "Conv")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A value that the step now reads.
+
+    Attributes:
+        name: of the tensor: the value's own name in the step, after the prefix.
+        shape: sizes and axes. Where the value's first dimension is a multiple of an axis, such as guidance
+            rows of the batch, the multiple is a dimension of its own in front.
+        factored: whether the first dimension is such a multiple.
+        flops: multiplications and additions that it took, at the sizes of the first probe.
+        bytes: its size there.
+    """
+
+    name: str
+    shape: tuple[Dimension, ...]
+    dtype: ir.DataType
+    factored: bool
+    flops: float
+    bytes: int
+
+
+def hoist(
+    model: ir.Model,
+    varying: Collection[str],
+    probes: Sequence[Mapping[str, int]],
+    prefix: str,
+    most_bytes: int = MOST_BYTES,
+) -> tuple[ir.Model, list[Moved]] | None:
+    """Moves work that depends on no input in ``varying`` out of ``model``, in place.
+
+    ``probes`` are sizes of all axes, at least three, which vary independently: shapes are inferred for each,
+    and a dimension is accepted as an axis, or a multiple of one, if all of them agree. The step's inputs that
+    nothing reads any more go.
+
+    Returns:
+        A model that makes the moved values from the inputs it needs, and these values in order; or None if
+        nothing is worth moving.
+    """
+    graph = model.graph
+    _measure_elsewhere(graph, varying)
+    changing = _downstream(graph, varying)
+    known = [_infer(model, sizes) for sizes in probes]
+    candidates = []
+    for node in graph:
+        for value in node.outputs:
+            if value in changing or not any(user.outputs[0] in changing for user in value.consumers()):
+                continue
+            moved = _weigh(value, known, probes, prefix)
+            if moved is not None:
+                candidates.append((value, moved))
+    chosen = _afford(candidates, most_bytes)
+    if not chosen:
+        return None
+    used = [v for v in graph.inputs if v.uses()]
+    made = _split_off(model, chosen)
+    for value, moved in chosen:
+        _read_instead(graph, value, moved)
+    RemoveUnusedNodesPass()(model)
+    for value in [v for v in used if not v.uses()]:
+        graph.inputs.remove(value)
+    return made, [moved for _, moved in chosen]
+
+
+def _measure_elsewhere(graph: ir.Graph, varying: Collection[str]) -> None:
+    """Takes sizes from inputs that stay, where one has the same axes: the size of latents does not vary."""
+    staying = [value for value in graph.inputs if value.name not in varying and value.shape is not None]
+    for value in [v for v in graph.inputs if v.name in varying and v.shape is not None]:
+        assert value.shape is not None
+        for node in [n for n in value.consumers() if n.op_type == "Shape"]:
+            ends = node.attributes.get("start"), node.attributes.get("end")
+            wanted = list(value.shape.dims[slice(*(None if a is None else a.as_int() for a in ends))])
+            for other in staying:
+                dims = list(other.shape.dims) if other.shape is not None else []
+                at = next((i for i in range(len(dims)) if dims[i : i + len(wanted)] == wanted), None)
+                if at is not None:
+                    node.replace_input_with(0, other)
+                    node.attributes["start"] = ir.AttrInt64("start", at)
+                    node.attributes["end"] = ir.AttrInt64("end", at + len(wanted))
+                    break
+
+
+def _downstream(graph: ir.Graph, names: Collection[str]) -> set[ir.Value]:
+    """The inputs called ``names``, and all that is computed from them."""
+    found = {value for value in graph.inputs if value.name in names}
+    for node in graph:
+        if any(value in found for value in node.inputs if value is not None):
+            found.update(node.outputs)
+    return found
+
+
+def _infer(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, _Known]:
+    """Type and shape of all values whose shape follows from the axes' ``sizes``."""
+    copy = model.clone()
+    for value in copy.graph.inputs:
+        assert value.shape is not None
+        value.shape = ir.Shape([d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape.dims])
+    for value in (*copy.graph.outputs, *(v for node in copy.graph for v in node.outputs)):
+        value.shape = None
+    # With sizes known, what a shape is computed from folds to constants, and inference goes on from there.
+    fold_constants(copy, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1024)
+    return {
+        str(value.name): _Known(tuple(int(d) for d in value.shape.numpy()), value.type)
+        for value in (*copy.graph.inputs, *(v for node in copy.graph for v in node.outputs))
+        if value.shape is not None and value.shape.is_static() and isinstance(value.type, ir.TensorType)
+    }
+
+
+def _weigh(
+    value: ir.Value,
+    known: Sequence[Mapping[str, _Known]],
+    probes: Sequence[Mapping[str, int]],
+    prefix: str,
+) -> Moved | None:
+    """``value`` as a tensor between graphs; None if its shape has no name, or it saves too little."""
+    name = str(value.name)
+    if any(name not in values for values in known):
+        return None
+    found = [values[name].shape for values in known]
+    dtype = known[0][name].type.dtype
+    shape = _name_dimensions(found, probes)
+    flops = _flops(value, known[0])
+    size = math.prod(found[0]) * int(dtype.itemsize)
+    if shape is None or flops < LEAST_FLOPS_PER_BYTE * size:
+        return None
+    factored = len(shape) > len(found[0])
+    if factored and not all(isinstance(d, int) for d in shape[2:]):
+        return None
+    return Moved(f"{prefix}{name}", shape, dtype, factored, flops, size)
+
+
+def _name_dimensions(
+    found: Sequence[tuple[int, ...]], probes: Sequence[Mapping[str, int]]
+) -> tuple[Dimension, ...] | None:
+    named: list[Dimension] = []
+    for position, sizes in enumerate(zip(*found)):
+        if len(set(sizes)) == 1:
+            named.append(sizes[0])
+            continue
+        axis, factor = next(
+            (
+                (axis, sizes[0] // probes[0][axis])
+                for axis in probes[0]
+                if all(size % probe[axis] == 0 for size, probe in zip(sizes, probes))
+                and len({size // probe[axis] for size, probe in zip(sizes, probes)}) == 1
+            ),
+            (None, 0),
+        )
+        if axis is None or (factor > 1 and position > 0):
+            return None
+        named += [axis] if factor == 1 else [factor, axis]
+    return tuple(named)
+
+
+def _flops(value: ir.Value, known: Mapping[str, _Known]) -> float:
+    """Two per multiplication of every product that ``value`` is made of."""
+    total, waiting, seen = 0.0, [value], set[ir.Node]()
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [v for v in node.inputs if v is not None]
+        out = known.get(str(node.outputs[0].name))
+        if node.op_type in _PRODUCTS and out is not None:
+            total += 2.0 * math.prod(out.shape) * _reduction(node, known)
+    return total
+
+
+def _reduction(node: ir.Node, known: Mapping[str, _Known]) -> int:
+    """How many products every number of a product's output is the sum of."""
+    operand = node.inputs[1] if node.op_type == "Conv" else node.inputs[0]
+    assert operand is not None
+    if str(operand.name) in known:
+        shape = known[str(operand.name)].shape
+    else:  # an initializer
+        assert operand.shape is not None
+        shape = tuple(int(d) for d in operand.shape.numpy())
+    if node.op_type == "Conv":
+        return math.prod(shape[1:])
+    turned = node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int()
+    return shape[0] if turned else shape[-1]
+
+
+def _afford(candidates: Sequence[tuple[ir.Value, Moved]], most_bytes: int) -> list[tuple[ir.Value, Moved]]:
+    """The candidates that save most for their size, in the order of the graph."""
+    left, kept = most_bytes, set[str]()
+    for _, moved in sorted(candidates, key=lambda c: -c[1].flops / c[1].bytes):
+        if moved.bytes <= left:
+            left -= moved.bytes
+            kept.add(moved.name)
+    return [(value, moved) for value, moved in candidates if moved.name in kept]
+
+
+def _split_off(model: ir.Model, chosen: Sequence[tuple[ir.Value, Moved]]) -> ir.Model:
+    """A model that makes the chosen values, under their new names."""
+    copy = model.clone()
+    values = {str(v.name): v for node in copy.graph for v in node.outputs}
+    made = [values[str(value.name)] for value, _ in chosen]
+    needed = _upstream(made)
+    inputs = [v for v in copy.graph.inputs if v in needed]
+    graph = extract(copy.graph, [str(v.name) for v in inputs], [str(v.name) for v in made])
+    for position, (_, moved) in enumerate(chosen):
+        output = graph.outputs[position]
+        if moved.factored:
+            output = _reshape(graph, output, (moved.shape[0], -1, *moved.shape[2:]))
+            graph.outputs[position] = output
+        output.name = moved.name
+        output.type, output.shape = ir.TensorType(moved.dtype), ir.Shape(list(moved.shape))
+    graph.name = model.graph.name
+    return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name, functions=())
+
+
+def _upstream(values: Sequence[ir.Value]) -> set[ir.Value]:
+    found: set[ir.Value] = set()
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if value in found:
+            continue
+        found.add(value)
+        node = value.producer()
+        if node is not None:
+            waiting += [v for v in node.inputs if v is not None]
+    return found
+
+
+def _read_instead(graph: ir.Graph, value: ir.Value, moved: Moved) -> None:
+    """Lets an input stand for ``value``."""
+    given = ir.Value(name=moved.name, type=ir.TensorType(moved.dtype), shape=ir.Shape(list(moved.shape)))
+    graph.inputs.append(given)
+    stand_in = given
+    if moved.factored:
+        stand_in = _reshape(graph, given, (-1, *moved.shape[2:]), first=True)
+        stand_in.name = f"{value.name}/given"
+    value.replace_all_uses_with(stand_in)
+
+
+def _reshape(graph: ir.Graph, value: ir.Value, shape: Sequence[Dimension], first: bool = False) -> ir.Value:
+    sizes = np.array(shape, np.int64)
+    name = f"{value.name}/shape"
+    constant = ir.Value(name=name, const_value=ir.tensor(sizes, name=name))
+    constant.type, constant.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(sizes.shape)
+    graph.register_initializer(constant)
+    node = ir.node("Reshape", [value, constant], name=f"{value.name}/reshape")
+    node.outputs[0].type = value.type
+    node.outputs[0].name = f"{value.name}/reshaped"
+    if first:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.append(node)
+    return node.outputs[0]
