@@ -241,7 +241,12 @@ class _Job:
             if all(entry.file != path for entry in entries.values()):
                 writer.add_file(path, file)
             entries[name] = Tokenizer(
-                path, int(lengths[name]), pad_id, encoding.pad_side, template=encoding.template
+                path,
+                int(lengths[name]),
+                pad_id,
+                encoding.pad_side,
+                template=encoding.template,
+                lowercase=encoding.lowercase,
             )
         return entries
 

@@ -37,6 +37,7 @@ class TextEncoding:
     folder: Path
     template: str = "{}"
     pad_side: Literal["left", "right"] = "right"
+    lowercase: bool = False
 
 
 @dataclass

@@ -236,6 +236,7 @@ typedef struct hywu_limits {
     int32_t generates;     /* whether it makes deltas */
     int32_t default_steps; /* 0: no schedule */
     size_t sampler_count, guidance_count;
+    double default_strength; /* 0: edits start from noise */
 } hywu_limits;
 /* Fills `limits`, whose struct_size the caller has set. On a backend that runs engines, batch and sizes are
  * those that its engines take, the sizes those of the newest. */
@@ -323,6 +324,8 @@ typedef struct hywu_edit_params {
     hywu_progress_callback progress; /* may be NULL */
     void* progress_user;
     hywu_cancel* cancel; /* may be NULL */
+    double strength;     /* where edits start from the photo: the part of the steps to run, above 0 and at */
+                         /* most 1, which keeps nothing of the photo; 0: the bundle's default */
 } hywu_edit_params;
 HYWU_API hywu_status hywu_edit_params_init(hywu_edit_params* params, size_t struct_size);
 

@@ -379,6 +379,7 @@ struct EditOptions {
     std::vector<const Deltas*> deltas;
     std::string sampler;
     std::int32_t steps = 0, width = 0, height = 0;
+    double strength = 0;  // 0: the bundle's default
     std::optional<Tensor> noise, latents;
     std::vector<Tensor> inputs;
     // Evaluations done, and in all. What it throws comes out of the call.
@@ -628,6 +629,7 @@ private:
             params.delta_count = deltas_.size();
             params.sampler = options.sampler.empty() ? nullptr : options.sampler.c_str();
             params.steps = options.steps;
+            params.strength = options.strength;
             params.width = options.width;
             params.height = options.height;
             if (options.noise) params.noise = &(noise_ = options.noise->view());

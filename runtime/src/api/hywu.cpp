@@ -72,6 +72,10 @@ hywu_editor_params editor_defaults() {
     return params;
 }
 
+// The same of hywu_edit_params, without `strength`, and of hywu_limits, without `default_strength`.
+constexpr std::initializer_list<std::size_t> edit_sizes = {offsetof(hywu_edit_params, strength)};
+constexpr std::initializer_list<std::size_t> limits_sizes = {offsetof(hywu_limits, default_strength)};
+
 hywu_edit_params edit_defaults() {
     hywu_edit_params params = {};
     params.struct_size = sizeof params;
@@ -218,7 +222,7 @@ std::vector<double> values(double one, const double* each, std::size_t count) {
 // `names` is what the caller knows the editor by.
 runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit_params* given) {
     need(given, "params");
-    const hywu_edit_params params = api::read_struct(given, edit_defaults(), {}, "hywu_edit_params");
+    const hywu_edit_params params = api::read_struct(given, edit_defaults(), edit_sizes, "hywu_edit_params");
     check_reserved(params.reserved, "hywu_edit_params");
     const std::size_t count = params.count;
     if (count == 0)
@@ -255,6 +259,7 @@ runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit
     }
     if (params.sampler != nullptr) options.sampler = params.sampler;
     if (params.steps != 0) options.steps = params.steps;
+    if (params.strength != 0) options.strength = params.strength;
     options.size = size(params.width, params.height);
     if (params.noise != nullptr) options.noise = view(*params.noise, "noise");
     if (params.latents != nullptr) options.latents = view(*params.latents, "latents");
@@ -538,7 +543,8 @@ hywu_status hywu_editor_limits(const hywu_editor* editor, hywu_limits* limits) {
         values.default_steps = whole(found.default_steps);
         values.sampler_count = found.steps.size();
         values.guidance_count = found.guidance.size();
-        api::write_struct(limits, values, {}, "hywu_limits");
+        values.default_strength = found.default_strength;
+        api::write_struct(limits, values, limits_sizes, "hywu_limits");
     });
 }
 
@@ -668,7 +674,8 @@ void hywu_cancel_reset(hywu_cancel* cancel) {
 void hywu_cancel_free(hywu_cancel* cancel) { delete cancel; }
 
 hywu_status hywu_edit_params_init(hywu_edit_params* params, size_t struct_size) {
-    return guard([&] { api::write_struct(params, struct_size, edit_defaults(), {}, "hywu_edit_params"); });
+    return guard(
+        [&] { api::write_struct(params, struct_size, edit_defaults(), edit_sizes, "hywu_edit_params"); });
 }
 
 hywu_status hywu_edit(hywu_editor* editor, const hywu_edit_params* params, hywu_images** images) {
