@@ -83,6 +83,19 @@ def region(batch: int, height: int = 16, width: int = 24, seed: int = 5) -> dict
 PROMPTS = ["hello", "", "a much longer instruction", "zwölf Bäume 🌳"]
 
 
+def test_a_scale_without_a_condition(library: Library, tmp_path: Path) -> None:
+    toy_bundle.write_bundle(tmp_path / "b")
+    toy_bundle.rewrite(tmp_path / "b", toy_bundle.distil)
+    both = Both(library, tmp_path / "b")
+    pictures = []
+    for guidance in ({}, {"distilled": 1.5}, {"distilled": 0.0}, {"text": 1.0, "distilled": 9.0}):
+        options = {"guidance": guidance, "inputs": region(2), "steps": 2}
+        pictures.append(both.edit([(photo(i), "hello") for i in range(2)], **options))
+    assert len({np.stack(picture).tobytes() for picture in pictures}) == 4
+    both.cpp.warm_up()
+    both.close()
+
+
 @pytest.mark.parametrize("scale", [2.0, 1.0])
 @pytest.mark.parametrize("sampler", ["even", "wild"])
 @pytest.mark.parametrize("batch", [1, 3, 4])

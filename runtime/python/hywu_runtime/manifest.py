@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -228,18 +228,35 @@ class Schedules:
 
 @dataclass(frozen=True)
 class Guidance:
-    """A guidance scale, in effect if it is above ``above``, or at least ``at_least``."""
+    """A guidance scale; requests are guided only if it is above ``above``, or at least ``at_least``, if any."""
 
     name: Name
     default: float
     above: float | None = None
     at_least: float | None = None
 
+    @property
+    def decides(self) -> bool:
+        """Whether the scale has a say in whether a request is guided; otherwise graphs merely read it."""
+        return self.above is not None or self.at_least is not None
+
     def satisfied(self, scale: float) -> bool:
         """Whether ``scale`` asks for guidance."""
         if self.above is not None:
             return scale > self.above
         return self.at_least is not None and scale >= self.at_least
+
+
+def is_guided(guidance: Iterable[Guidance], scales: Mapping[str, Iterable[float]] | None = None) -> bool:
+    """Whether a request is guided: there is a condition, and each one holds for at least one sample.
+
+    ``scales``: the values of each scale, one per sample; None stands for the defaults.
+    """
+    deciding = [scale for scale in guidance if scale.decides]
+    return bool(deciding) and all(
+        any(map(scale.satisfied, (scale.default,) if scales is None else scales[scale.name]))
+        for scale in deciding
+    )
 
 
 @dataclass(frozen=True)

@@ -498,6 +498,21 @@ bool is_safe_path(std::string_view path) {
     return true;
 }
 
+bool is_guided(const std::vector<Guidance>& guidance,
+               const std::map<std::string, std::vector<double>>* scales) {
+    bool conditions = false;
+    for (const Guidance& scale : guidance) {
+        if (!scale.decides()) continue;
+        const std::vector<double> values =
+            scales == nullptr ? std::vector<double>{scale.default_scale} : scales->at(scale.name);
+        const bool holds = std::any_of(values.begin(), values.end(),
+                                       [&](double value) { return scale.satisfied(value); });
+        if (!holds) return false;
+        conditions = true;
+    }
+    return conditions;
+}
+
 std::vector<std::int64_t> DeltaTarget::a_shape() const {
     if (!kernel) return {rank, in_features};
     return {rank, in_features, (*kernel)[0], (*kernel)[1]};
