@@ -310,13 +310,17 @@ def _delta_spec(family: Family, generator: GeneratorPart | None, options: Export
 
 
 def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTable]:
-    from hywu_export.schedules import make_scheduler, sampler_name, trace_scheduler
+    from hywu_export.families.base import OwnSchedule
+    from hywu_export.schedules import make_scheduler, trace_scheduler
 
     own, config = family.scheduler
     tables: dict[str, ScheduleTable] = {}
     for sampler in options.samplers or (own,):
-        scheduler = make_scheduler(sampler, config)
-        tables[sampler_name(scheduler)] = trace_scheduler(scheduler, options.max_steps)
+        if isinstance(family, OwnSchedule):
+            table = family.schedule(sampler, options.max_steps)
+        else:
+            table = trace_scheduler(make_scheduler(sampler, config), options.max_steps)
+        tables[table.name] = table
     history = max(table.history for table in tables.values())
     return {name: table.widen(history) for name, table in tables.items()}
 

@@ -20,7 +20,7 @@ from hywu_export.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from hywu_runtime.manifest import Axis, Manifest
+    from hywu_runtime.manifest import Axis, Guidance, Manifest
 
 
 @click.command(cls=Command)
@@ -178,7 +178,7 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
             (
                 g.name,
                 f"default {g.default:g}",
-                f"on above {g.above:g}" if g.above is not None else f"on from {g.at_least:g}",
+                _condition(g),
             )
             for g in manifest.guidance
         ],
@@ -222,6 +222,13 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
         or [("none",)],
     )
     return "\n".join(lines)
+
+
+def _condition(scale: Guidance) -> str:
+    """When a scale asks for guidance, for people."""
+    if scale.above is not None:
+        return f"on above {scale.above:g}"
+    return f"on from {scale.at_least:g}" if scale.at_least is not None else "an input of the model"
 
 
 def _delta_rows(summary: dict[str, Any]) -> list[tuple[object, ...]]:

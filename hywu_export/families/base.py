@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from hywu_export.deltas.spec import DeltaSpec
 from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hywu_export.families.components import Component
+    from hywu_export.schedules import ScheduleTable
 
 
 @dataclass(frozen=True)
@@ -130,4 +131,17 @@ class Family(Protocol):
 
     def reference_edit(self, edit: ReferenceEdit) -> npt.NDArray[np.uint8]:
         """What diffusers' own pipeline makes of ``edit`` in float32, without deltas: uint8 ``[H, W, 3]``."""
+        ...
+
+
+@runtime_checkable
+class OwnSchedule(Protocol):
+    """A family whose step graph gives a schedule's rows a meaning of its own, and so makes the tables."""
+
+    def schedule(self, sampler: str, max_steps: int) -> ScheduleTable:
+        """The table of a sampler, by short name or class, for step counts up to ``max_steps``.
+
+        Raises:
+            InputError, UnsupportedError: the sampler does not exist, or does not go with this pipeline.
+        """
         ...

@@ -22,7 +22,8 @@ class ScheduleTable:
     """All step counts 1…M of one sampler.
 
     A row holds K = 2·history + 4 coefficients: of the model input, of the latents, of the model output, of
-    the noise, then pairs for the latents and the model output of 1, 2, … evaluations ago.
+    the noise, then pairs for the latents and the model output of 1, 2, … evaluations ago. A row of noise
+    levels that the step graph shifts (`schedules.shift`) has no history and a meaning of its own.
     """
 
     name: str

@@ -13,7 +13,7 @@ import toy_bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toy_bundle import DELTAS, reference, rewrite, write_bundle
+from toy_bundle import DELTAS, distil, reference, rewrite, write_bundle
 
 from hywu_runtime import Bundle, Deltas, Editor, Manifest
 from hywu_runtime.backends import available_backends, create_backend
@@ -159,6 +159,25 @@ def test_a_sampler_that_cannot_start_midway(tmp_path: Path) -> None:
             edit(editor, photo(), "x", sampler="wild")
         edit(editor, photo(), "x", sampler="wild", strength=1.0)
         edit(editor, photo(), "x")
+
+
+def test_a_scale_without_a_condition_is_given_to_the_graphs(tmp_path: Path, counted: list[str]) -> None:
+    """`distilled` stands for the scale that the guided step reads; `text` decides alone."""
+    write_bundle(tmp_path / "b")
+    rewrite(tmp_path / "b", distil)
+    with Editor.load(tmp_path / "b") as editor:
+        assert editor.limits().guidance == {"text": 2.0, "distilled": 3.0}
+        for guidance, form, scale in (
+            ({}, "step", 3.0),
+            ({"distilled": 1.5}, "step", 1.5),
+            ({"text": 1.0, "distilled": 9.0}, "step_plain", 1.0),
+        ):
+            counted.clear()
+            result = edit(editor, photo(), "hello", steps=2, guidance=guidance, seed=9)
+            assert {"step", "step_plain"} & set(counted) == {form}
+            noise = normal(LATENT, 9)
+            expected, _ = reference(photo(), "hello", region()[0, 0], noise, steps=2, guidance=scale)
+            assert_close(result, expected)
 
 
 def test_guided_and_unguided_choose_their_calls(toy: Path, counted: list[str]) -> None:

@@ -290,6 +290,12 @@ def list_files(path: Path) -> dict[str, Any]:
     }
 
 
+def distil(manifest: Any) -> None:
+    """What the guided step reads is a scale of its own, without a condition."""
+    manifest["guidance"].append({"name": "distilled", "default": 3.0})
+    manifest["tensors"]["guidance.text"]["guidance"] = "distilled"
+
+
 def rewrite(path: Path, change: Any) -> None:
     """Applies ``change`` to the manifest of a bundle, and brings sizes and hashes up to date."""
     value = json.loads((path / "manifest.json").read_text())

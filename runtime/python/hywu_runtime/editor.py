@@ -20,7 +20,7 @@ from hywu_runtime.deltas import Deltas
 from hywu_runtime.engines import BATCH, narrowed, sides
 from hywu_runtime.errors import BundleError, DeltaError, InputError, UnsupportedError
 from hywu_runtime.images import Photo, Pixels, Size, load_photo
-from hywu_runtime.manifest import ImagePolicy, ProvidedTensor
+from hywu_runtime.manifest import ImagePolicy, ProvidedTensor, is_guided
 from hywu_runtime.noise import normal
 from hywu_runtime.program import Executor, Plan, Request, Timings, make_plan, resolve_axes, resolve_shape
 from hywu_runtime.schedule import Rows, Schedule
@@ -288,8 +288,7 @@ class Editor:
         given = self._given(inputs, latents)
         if deltas is not None:
             given |= self._checked(deltas, len(samples))
-        scales = {g.name: samples.scales[g.name] for g in self._manifest.guidance}
-        guided = bool(scales) and all(any(map(g.satisfied, scales[g.name])) for g in self._manifest.guidance)
+        guided = is_guided(self._manifest.guidance, samples.scales)
         plan = make_plan(self._manifest, [image], frozenset(given), guided)
         given |= self._absent(plan, samples)
         rows = self._schedule.rows(sampler, steps, strength) if self._schedule is not None else None
@@ -351,7 +350,7 @@ class Editor:
     def warm_up(self) -> None:
         """Loads what a default request needs, and runs one on a gray photo if no input is missing."""
         m = self._manifest
-        guided = bool(m.guidance) and all(g.satisfied(g.default) for g in m.guidance)
+        guided = is_guided(m.guidance)
         plan = make_plan(
             m, [m.results.image] if m.results.image is not None else m.results.deltas, guided=guided
         )

@@ -57,6 +57,10 @@ def parse_size(size: Size, policy: ImagePolicy) -> tuple[int, int]:
 
 def working_size(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
     """The (width, height) at which a photo is edited by default; see *Image sizes* in docs/bundle.md."""
+    offered = [size for size in policy.sizes if policy.min <= min(size) and max(size) <= policy.max]
+    if offered:
+        _, w, h = min((abs(width / height - w / h), w, h) for w, h in offered)
+        return w, h
     scale = min(math.sqrt(policy.default_area / (width * height)), 1.0)
     if min(width, height) * scale < policy.min:
         scale = policy.min / min(width, height)

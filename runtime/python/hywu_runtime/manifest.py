@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -240,12 +240,17 @@ class Schedules:
 
 @dataclass(frozen=True)
 class Guidance:
-    """A guidance scale, in effect if it is above ``above``, or at least ``at_least``."""
+    """A guidance scale; a request is guided only if it is above ``above``, or at least ``at_least``."""
 
     name: Name
     default: float
     above: float | None = None
     at_least: float | None = None
+
+    @property
+    def decides(self) -> bool:
+        """Whether the scale has a say in whether a request is guided; otherwise graphs merely read it."""
+        return self.above is not None or self.at_least is not None
 
     def satisfied(self, scale: float) -> bool:
         """Whether ``scale`` asks for guidance."""
@@ -254,15 +259,28 @@ class Guidance:
         return self.at_least is not None and scale >= self.at_least
 
 
+def is_guided(guidance: Iterable[Guidance], scales: Mapping[str, Iterable[float]] | None = None) -> bool:
+    """Whether a request is guided: there is a condition, and each one holds for at least one sample.
+
+    ``scales``: the values of each scale, one per sample; None stands for the defaults.
+    """
+    deciding = [scale for scale in guidance if scale.decides]
+    return bool(deciding) and all(
+        any(map(scale.satisfied, (scale.default,) if scales is None else scales[scale.name]))
+        for scale in deciding
+    )
+
+
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How a photograph's size becomes a working size; lengths in pixels."""
+    """How a photograph's size becomes a working size; lengths in pixels. ``sizes``: (width, height)."""
 
     tensor: Name
     multiple: Size
     min: Size
     max: Size
     default_area: Size
+    sizes: tuple[Annotated[tuple[Size, ...], Rule("a width and a height", lambda s: len(s) == 2)], ...] = ()
 
 
 @dataclass(frozen=True)

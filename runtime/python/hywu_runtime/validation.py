@@ -145,10 +145,8 @@ def _guidance(m: Manifest) -> None:
         if guidance.name in seen:
             raise malformed(f"guidance[{i}].name", f"repeats {show(guidance.name)}", "a name of its own")
         seen.add(guidance.name)
-        if (guidance.above is None) == (guidance.at_least is None):
-            raise malformed(
-                f"guidance[{i}]", "does not say when it applies", "exactly one of `above` and `at_least`"
-            )
+        if guidance.above is not None and guidance.at_least is not None:
+            raise malformed(f"guidance[{i}]", "has two conditions", "`above`, `at_least`, or neither")
 
 
 def _schedules(m: Manifest) -> None:
@@ -319,7 +317,7 @@ def _program(m: Manifest) -> None:
             )
     # Execution order: phase by phase, within a phase in the order of the list.
     order = sorted(range(len(m.program)), key=lambda i: PHASES.index(m.program[i].phase))
-    for guided in (False, True) if m.guidance else (False,):
+    for guided in (False, True) if any(scale.decides for scale in m.guidance) else (False,):
         _flow(m, [i for i in order if m.program[i].runs(guided)], guided)
 
 
@@ -512,6 +510,13 @@ def _image(m: Manifest) -> None:
             f"has no multiple of {policy.multiple} from {policy.min} to {policy.max}",
             "at least one size",
         )
+    for i, size in enumerate(policy.sizes):
+        if any(side % policy.multiple or not policy.min <= side <= policy.max for side in size):
+            raise malformed(
+                f"image.sizes[{i}]",
+                f"is {list(size)}",
+                f"multiples of {policy.multiple} from {policy.min} to {policy.max}",
+            )
 
 
 def _linked(m: Manifest) -> None:

@@ -90,6 +90,11 @@ struct StepsRule {
     }
 };
 
+struct PairRule {
+    static std::string what() { return "a width and a height"; }
+    static bool test(const std::vector<std::int64_t>& items) { return items.size() == 2; }
+};
+
 struct ThreeRule {
     static std::string what() { return "three integers: smallest, best, largest"; }
     static bool test(const std::vector<std::int64_t>& items) {
@@ -380,6 +385,7 @@ static void fields(Visitor& visit, ImagePolicy& value) {
     visit(Size{}, "min", value.min);
     visit(Size{}, "max", value.max);
     visit(Size{}, "default_area", value.default_area);
+    visit.optional(List<Sizes<2, PairRule>>{}, "sizes", value.sizes);
 }
 
 template <class Visitor>
@@ -511,6 +517,21 @@ bool is_safe_path(std::string_view path) {
         start = end + 1;
     }
     return true;
+}
+
+bool is_guided(const std::vector<Guidance>& guidance,
+               const std::map<std::string, std::vector<double>>* scales) {
+    bool conditions = false;
+    for (const Guidance& scale : guidance) {
+        if (!scale.decides()) continue;
+        const std::vector<double> values =
+            scales == nullptr ? std::vector<double>{scale.default_scale} : scales->at(scale.name);
+        const bool holds = std::any_of(values.begin(), values.end(),
+                                       [&](double value) { return scale.satisfied(value); });
+        if (!holds) return false;
+        conditions = true;
+    }
+    return conditions;
 }
 
 std::vector<std::int64_t> DeltaTarget::a_shape() const {

@@ -163,22 +163,30 @@ struct Schedules {
     std::optional<Strength> strength;
 };
 
-// A guidance scale, in effect if it is above `above`, or at least `at_least`.
+// A guidance scale; a request is guided only if it is above `above`, or at least `at_least`.
 struct Guidance {
     std::string name;
     double default_scale = 0;
     std::optional<double> above, at_least;
 
+    // Whether it has a say in whether a request is guided; otherwise graphs merely read it.
+    bool decides() const noexcept { return above.has_value() || at_least.has_value(); }
     // Whether `scale` asks for guidance.
     bool satisfied(double scale) const noexcept {
         return above ? scale > *above : at_least.has_value() && scale >= *at_least;
     }
 };
 
-// How a photograph's size becomes a working size; lengths in pixels.
+// Whether a request is guided: there is a condition, and each one holds for at least one sample. `scales`:
+// the values of each scale, one per sample; null stands for the defaults.
+bool is_guided(const std::vector<Guidance>& guidance,
+               const std::map<std::string, std::vector<double>>* scales = nullptr);
+
+// How a photograph's size becomes a working size; lengths in pixels. `sizes`: width, height.
 struct ImagePolicy {
     std::string tensor;
     std::int64_t multiple = 1, min = 1, max = 1, default_area = 1;
+    std::vector<std::array<std::int64_t, 2>> sizes;
 };
 
 // A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width.

@@ -235,9 +235,8 @@ void Validator::guidance() {
             throw malformed(at("guidance", i) + ".name", "repeats " + show(guidance.name),
                             "a name of its own");
         }
-        if (guidance.above.has_value() == guidance.at_least.has_value()) {
-            throw malformed(at("guidance", i), "does not say when it applies",
-                            "exactly one of `above` and `at_least`");
+        if (guidance.above && guidance.at_least) {
+            throw malformed(at("guidance", i), "has two conditions", "`above`, `at_least`, or neither");
         }
     }
 }
@@ -515,8 +514,10 @@ void Validator::program() {
     std::stable_sort(order.begin(), order.end(), [this](std::size_t a, std::size_t b) {
         return m_.program[a].phase < m_.program[b].phase;
     });
+    const bool both = std::any_of(m_.guidance.begin(), m_.guidance.end(),
+                                  [](const Guidance& guidance) { return guidance.decides(); });
     for (const bool guided : {false, true}) {
-        if (guided && m_.guidance.empty()) break;
+        if (guided && !both) break;
         std::vector<std::size_t> part;
         std::copy_if(order.begin(), order.end(), std::back_inserter(part),
                      [&](std::size_t i) { return m_.program[i].runs(guided); });
@@ -699,6 +700,16 @@ void Validator::image() const {
                         "has no multiple of " + std::to_string(policy.multiple) + " from " +
                             std::to_string(policy.min) + " to " + std::to_string(policy.max),
                         "at least one size");
+    }
+    for (std::size_t i = 0; i < policy.sizes.size(); ++i) {
+        const auto& [width, height] = policy.sizes[i];
+        for (const std::int64_t side : policy.sizes[i]) {
+            if (side % policy.multiple == 0 && side >= policy.min && side <= policy.max) continue;
+            throw malformed(at("image.sizes", i),
+                            "is [" + std::to_string(width) + ", " + std::to_string(height) + "]",
+                            "multiples of " + std::to_string(policy.multiple) + " from " +
+                                std::to_string(policy.min) + " to " + std::to_string(policy.max));
+        }
     }
 }
 

@@ -290,12 +290,7 @@ void Editor::edit(const EditOptions& options, const Place& place) {
         deltas = checked(options.deltas, options.count);
         for (const auto& [name, array] : deltas) inputs.emplace_back(name, View(*array));
     }
-    bool guided = !manifest_.guidance.empty();
-    for (const core::Guidance& guidance : manifest_.guidance) {
-        const std::vector<double>& values = batch.scales.at(guidance.name);
-        guided &= std::any_of(values.begin(), values.end(),
-                              [&](double scale) { return guidance.satisfied(scale); });
-    }
+    const bool guided = core::is_guided(manifest_.guidance, &batch.scales);
     std::set<std::string> names;
     for (const auto& [name, view] : inputs) names.insert(name);
     const Plan plan = make_plan(manifest_, {image}, names, guided);
@@ -371,9 +366,7 @@ core::Deltas Editor::generate(const GenerateOptions& options) {
 }
 
 void Editor::warm_up() {
-    const bool guided = !manifest_.guidance.empty() &&
-                        std::all_of(manifest_.guidance.begin(), manifest_.guidance.end(),
-                                    [](const core::Guidance& g) { return g.satisfied(g.default_scale); });
+    const bool guided = core::is_guided(manifest_.guidance);
     const Plan plan = make_plan(manifest_,
                                 manifest_.results.image ? std::vector<std::string>{*manifest_.results.image}
                                                         : manifest_.results.deltas,
