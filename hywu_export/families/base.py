@@ -53,6 +53,9 @@ class Plan:
         state, guidance, image: as in the manifest.
         result: the tensor that holds the edited image, if any.
         tokenizers: what text tensors are encoded with, by the name that these give.
+        strength: the part of the steps that runs by default, where an edit starts from the photo; the
+            family's schedules then have a ``start``.
+        steps: the pipeline's own number of steps.
     """
 
     graphs: list[GraphSpec] = field(default_factory=list)
@@ -64,6 +67,8 @@ class Plan:
     image: ImagePolicy | None = None
     result: str | None = None
     tokenizers: dict[str, TextEncoding] = field(default_factory=dict)
+    strength: float | None = None
+    steps: int | None = None
 
     def add(self, part: Plan) -> None:
         """Take in a part whose calls are of the request phase, to run after this plan's own of that phase."""
@@ -94,6 +99,7 @@ class ReferenceEdit:
         latents: standard normal, float32 ``[1, C, h, w]``.
         seed: of the ``torch.Generator`` that the scheduler draws its noise from, in the shape of ``latents``.
         guidance: scale by name.
+        strength: the part of the steps that runs; None for a family whose edits start from noise.
     """
 
     photo: npt.NDArray[np.uint8]
@@ -103,6 +109,7 @@ class ReferenceEdit:
     latents: npt.NDArray[np.float32]
     seed: int
     guidance: Mapping[str, float]
+    strength: float | None = None
 
 
 class Family(Protocol):
