@@ -243,7 +243,6 @@ class _Job:
             )
         trained = None if self.generator is None else self.generator.defaults.steps
         return asked or min(max(trained or self.plan.steps or DEFAULT_STEPS, low), high)
-<<<<<<< HEAD
 
     def _check_start(self) -> None:
         """Whether the default sampler can do what the pipeline does by default: start midway."""
@@ -255,8 +254,6 @@ class _Job:
             "Its steps build on earlier ones",
             "Name it after one that can: the first is the default",
         )
-=======
->>>>>>> e-kontext
 
     def _add_tokenizers(self, writer: BundleWriter) -> dict[str, Tokenizer]:
         texts = [tensor for tensor in self.plan.tensors.values() if tensor.source == "text"]

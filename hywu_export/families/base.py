@@ -59,13 +59,9 @@ class Plan:
         state, guidance, image: as in the manifest.
         result: the tensor that holds the edited image, if any.
         tokenizers: what text tensors are encoded with, by the name that these give.
-<<<<<<< HEAD
         strength: the part of the steps that runs by default, where an edit starts from the photo; the
             family's schedules then have a ``start``.
-        steps: the pipeline's own number of steps.
-=======
         steps: the pipeline's own default, if the sampler takes it.
->>>>>>> e-kontext
     """
 
     graphs: list[GraphSpec] = field(default_factory=list)
@@ -77,10 +73,7 @@ class Plan:
     image: ImagePolicy | None = None
     result: str | None = None
     tokenizers: dict[str, TextEncoding] = field(default_factory=dict)
-<<<<<<< HEAD
     strength: float | None = None
-=======
->>>>>>> e-kontext
     steps: int | None = None
 
     def add(self, part: Plan) -> None:
@@ -112,11 +105,8 @@ class ReferenceEdit:
         latents: standard normal, float32 ``[1, C, h, w]``.
         seed: of the ``torch.Generator`` that the scheduler draws its noise from, in the shape of ``latents``.
         guidance: scale by name.
-<<<<<<< HEAD
         strength: the part of the steps that runs; None for a family whose edits start from noise.
-=======
         text_length: tokens of the prompt; None is the pipeline's own choice.
->>>>>>> e-kontext
     """
 
     photo: npt.NDArray[np.uint8]
@@ -126,11 +116,8 @@ class ReferenceEdit:
     latents: npt.NDArray[np.float32]
     seed: int
     guidance: Mapping[str, float]
-<<<<<<< HEAD
     strength: float | None = None
-=======
     text_length: int | None = None
->>>>>>> e-kontext
 
 
 class Family(Protocol):
