@@ -158,7 +158,15 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
     with quiet():
         expected = family.reference_edit(
             ReferenceEdit(
-                photo, prompt, section.default, steps, latents, SEED, guidance, text_length(manifest)
+                photo,
+                prompt,
+                section.default,
+                steps,
+                latents,
+                SEED,
+                guidance,
+                strength=None if section.strength is None else section.strength.default,
+                text_length=text_length(manifest),
             )
         )
     with Editor(bundle, create_backend("ort-cpu")) as editor:

@@ -95,7 +95,7 @@ TEST_CASE("requests that start midway") {
     for (const double strength : {0.0, -1.0, 1.1, std::nan("")}) {
         check_error(ErrorKind::input, "`strength` is", [&] { schedule.rows("s", 2, strength); });
     }
-    check_error(ErrorKind::input, "No step is left of 2", [&] { schedule.rows("s", 2, 1e-17); });
+    check_error(ErrorKind::input, "No step is left of 2", [&] { Schedule(path, midway(0.5, 2)).rows("s", 2, 1e-17); });
     check_error(ErrorKind::input, "cannot start midway",
                 [&] { Schedule(path, midway(1, {})).rows("s", 2, 0.5); });
     CHECK(Schedule(path, midway(1, {})).rows("s", 2, 1.0).start == std::vector<float>{5, 6});
