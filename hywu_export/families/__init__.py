@@ -18,6 +18,7 @@ REGISTRY = {  # pipeline class in model_index.json → module:class
     "StableDiffusion3Img2ImgPipeline": "sd3_img2img:StableDiffusion3Img2Img",
     "FluxKontextPipeline": "flux_kontext:FluxKontext",
     "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2Pix",
+    "StableDiffusionXLInstructPix2PixPipeline": "sdxl_instruct_pix2pix:SdxlInstructPix2Pix",
 }
 
 

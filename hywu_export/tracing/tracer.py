@@ -199,6 +199,7 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
             f"Graph {spec.name!r} returns {len(outputs)} tensors", f"It declares {len(spec.outputs)} outputs"
         )
     units: dict[str, sympy.Expr] = {}  # root axis → its unit, in torch's symbols
+    same: dict[sympy.Expr, sympy.Expr] = {}  # torch may give one axis a symbol for each input that has it
     names: dict[str, str] = {}
     for tensor, value in zip(spec.inputs, inputs):
         for declared, actual in zip(tensor.shape, value.shape):
@@ -207,7 +208,8 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
             if isinstance(actual, int):
                 raise _frozen(spec, tensor, declared, actual)
             root, factor = sizes.unit_key(declared)
-            units.setdefault(root, actual.node.expr / factor)
+            unit = actual.node.expr / factor
+            same[unit] = units.setdefault(root, unit)
             names.setdefault(str(actual), declared)
     for tensor, value in zip(spec.outputs, outputs):
         if not isinstance(value, torch.Tensor):
@@ -215,7 +217,7 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
                 f"Output {tensor.name!r} of graph {spec.name!r} is {value!r}", "Outputs are tensors"
             )
         expected = [_expression(d, sizes, units) for d in tensor.shape]
-        actual = [d if isinstance(d, int) else d.node.expr for d in value.shape]
+        actual = [d if isinstance(d, int) else d.node.expr.subs(same) for d in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
         if len(expected) != len(actual) or any(sympy.simplify(e - a) != 0 for e, a in zip(expected, actual)):
             for declared, size in zip(tensor.shape, actual):

@@ -57,7 +57,8 @@ class Original:
 
 def base_prompt(manifest: Manifest) -> str | None:
     """What the base is told instead of the instruction; None if it is told the instruction."""
-    return next((t.constant for t in manifest.tensors.values() if t.constant is not None), None)
+    texts = (t.constant for name, t in manifest.tensors.items() if name.startswith("base_prompt."))
+    return next((text for text in texts if text is not None), None)
 
 
 def text_length(manifest: Manifest) -> int | None:
