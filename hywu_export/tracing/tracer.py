@@ -21,7 +21,7 @@ from hywu_export.passes.delta_axis import free_delta_axis
 from hywu_export.passes.naming import name_by_scope
 from hywu_export.passes.quiet import quiet
 from hywu_export.tracing.fake import traceable
-from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec, resolve_axis
+from hywu_export.tracing.spec import TILE, Axis, GraphSpec, TensorSpec, resolve_axis
 from hywu_runtime.errors import UnsupportedError
 
 OPSET = 20
@@ -105,6 +105,8 @@ def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
     if sizes.shared_axes:
         free_delta_axis(model, sizes.shared_axes, spec.name)
     name_by_scope(model, parameters)
+    if spec.tile is not None:
+        model.metadata_props[TILE] = str(spec.tile)
     _sign(model.graph, spec)  # passes may have merged the shape of an output with what they inferred
     used = [name for name in model.graph.initializers if name in parameters]
     return TracedGraph(
