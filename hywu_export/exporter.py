@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 20
+DEFAULT_RANK = 16
 SCHEDULE_FILE = "schedule.safetensors"
 
 Progress = Callable[[str, int, int], None]
@@ -34,9 +35,10 @@ class ExportOptions:
     """What may be chosen about an export; None is the checkpoint's or the family's own choice.
 
     Attributes:
-        targets: module patterns that take deltas, for a base without a generator.
-        lora: a PEFT adapter whose targets and ranks the bundle takes, instead of ``targets``.
-        max_rank: rank of those deltas.
+        targets: module patterns that take deltas, for a base without a generator; those that start with
+            ``<component>.`` are looked up in that component.
+        loras: LoRA files whose modules the bundle takes, each with its largest rank among them.
+        max_rank: rank of ``targets`` (None: 16), and the smallest one of the modules of ``loras``.
         samplers: names of samplers; the first is the default.
         max_steps: largest step count in the schedule.
         steps, guidance: defaults of an edit.
@@ -46,8 +48,8 @@ class ExportOptions:
     """
 
     targets: Sequence[str] = ()
-    lora: Path | None = None
-    max_rank: int = 16
+    loras: Sequence[Path] = ()
+    max_rank: int | None = None
     samplers: Sequence[str] = ()
     max_steps: int = 100
     steps: int | None = None
@@ -93,7 +95,7 @@ def export(
         raise InputError(
             "There is nothing to export", "A base, a generator, or both", "Give --base or --generator"
         )
-    if generator is not None and (options.targets or options.lora):
+    if generator is not None and (options.targets or options.loras):
         raise InputError(
             "Targets were given beside a generator",
             "The generator's own targets are the bundle's",
@@ -270,6 +272,7 @@ def make_plan(
 
     The rest is as for `Family.plan`.
     """
+    from hywu_export.families.component_deltas import add_component_deltas
     from hywu_export.tracing import Axis
 
     if family is None or spec is None:
@@ -277,14 +280,16 @@ def make_plan(
         plan = generator.plan(None, None)
         plan.axes["batch"] = Axis(1, limits.max_batch)
         return plan
-    plan = family.plan(spec, limits, base_prompt, coefficients)
+    others = [name for name in family.components if name != family.denoiser]
+    plan = family.plan(spec.without(*others), limits, base_prompt, coefficients)
+    add_component_deltas(plan, spec, others)
     if generator is not None:
         plan.add(generator.plan(spec, family.condition_source))
     return plan
 
 
 def _refuse_options_of_a_base(options: ExportOptions) -> None:
-    for name in ("targets", "lora", "samplers", "steps", "max_size", "size"):
+    for name in ("targets", "loras", "samplers", "steps", "max_size", "size"):
         if getattr(options, name):
             raise InputError(
                 f"The option {name} was given without a base",
@@ -294,14 +299,42 @@ def _refuse_options_of_a_base(options: ExportOptions) -> None:
 
 
 def _delta_spec(family: Family, generator: GeneratorPart | None, options: ExportOptions) -> DeltaSpec:
-    from hywu_export.deltas import DeltaSpec
+    from hywu_export.deltas.catalogue import Catalogue
+    from hywu_export.deltas.convert import resolve
 
     denoiser = family.components[family.denoiser].module
     if generator is not None:
         return generator.spec(denoiser)
-    if options.lora is not None:
-        return DeltaSpec.from_peft(options.lora, denoiser)
-    return DeltaSpec.from_patterns(denoiser, options.targets or family.default_targets, options.max_rank)
+    catalogue = Catalogue.from_modules(
+        {name: component.module for name, component in family.components.items()}, family.denoiser
+    )
+    rank = options.max_rank
+    spec = catalogue.spec([resolve(path, catalogue) for path in options.loras], rank or 1)
+    patterns = options.targets or (() if options.loras else family.default_targets)
+    if not patterns:
+        return spec
+    return spec.union(_matching(family, patterns, rank or DEFAULT_RANK))
+
+
+def _matching(family: Family, patterns: Sequence[str], rank: int) -> DeltaSpec:
+    """The targets that ``patterns`` match, each in the component that it starts with, or in the denoiser."""
+    from hywu_export.deltas import DeltaSpec
+    from hywu_export.deltas.catalogue import delta_name
+
+    of: dict[str, list[str]] = {}
+    for pattern in patterns:
+        component, _, rest = pattern.partition(".")
+        inside = rest != "" and component in family.components
+        of.setdefault(component if inside else family.denoiser, []).append(rest if inside else pattern)
+    spec = DeltaSpec(())
+    for component in sorted(of, key=lambda name: name != family.denoiser):
+        found = DeltaSpec.from_patterns(family.components[component].module, of[component], rank)
+        if component != family.denoiser:
+            found = DeltaSpec(
+                tuple(replace(t, module=delta_name(component, t.module)) for t in found.targets)
+            )
+        spec = spec.union(found)
+    return spec
 
 
 def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTable]:

@@ -40,10 +40,17 @@ _PIXELS = click.IntRange(1, 65536)
     help="Modules that take deltas, where there is no generator; repeat for more.",
 )
 @click.option(
-    "--lora", metavar="DIR", help="A PEFT adapter whose modules and ranks the bundle takes instead."
+    "--lora",
+    "loras",
+    metavar="FILE",
+    multiple=True,
+    help="A LoRA file whose modules and ranks the bundle takes; repeat for more.",
 )
 @click.option(
-    "--max-rank", type=_COUNT, metavar="N", default=16, show_default=True, help="Rank of --targets."
+    "--max-rank",
+    type=_COUNT,
+    metavar="N",
+    help="Rank of --targets, and the least one for --lora.  [default: 16, and the files' own]",
 )
 @click.option(
     "--scheduler",
@@ -67,15 +74,16 @@ _PIXELS = click.IntRange(1, 65536)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, in one step at the end.")
 @json_option
 def export(
-    base: str | None, generator: str | None, out: str, targets: tuple[str, ...], lora: str | None,
-    max_rank: int, schedulers: tuple[str, ...], max_steps: int, steps: int | None, guidance: float | None,
-    image_guidance: float | None, batch: int, max_size: int | None, size: int | None, link_weights: bool,
-    overwrite: bool, as_json: bool,
+    base: str | None, generator: str | None, out: str, targets: tuple[str, ...], loras: tuple[str, ...],
+    max_rank: int | None, schedulers: tuple[str, ...], max_steps: int, steps: int | None,
+    guidance: float | None, image_guidance: float | None, batch: int, max_size: int | None, size: int | None,
+    link_weights: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a bundle from a base pipeline, a generator, or both.
 
     \b
     hywu export --base models/editor --generator models/generator --out bundle
+    hywu export --base models/editor --lora style.safetensors --out bundle
     hywu export --base models/editor --targets to_q --targets to_v --max-rank 8 --out bundle
     """
     from hywu_export.bundle.staging import check_target
@@ -92,7 +100,7 @@ def export(
 
     scales = {"text": guidance, "image": image_guidance}
     options = ExportOptions(
-        targets=targets, lora=None if lora is None else Path(lora), max_rank=max_rank, samplers=schedulers,
+        targets=targets, loras=tuple(map(Path, loras)), max_rank=max_rank, samplers=schedulers,
         max_steps=max_steps, steps=steps,
         guidance={name: scale for name, scale in scales.items() if scale is not None},
         max_batch=batch, max_size=max_size, size=size, link_weights=link_weights, overwrite=overwrite,
