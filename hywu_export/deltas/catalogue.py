@@ -41,7 +41,7 @@ class Resolved:
 
     @property
     def rank(self) -> int:
-        return max(pair.rank for pair in self.pairs.values())
+        return max((pair.rank for pair in self.pairs.values()), default=0)
 
 
 class Catalogue:

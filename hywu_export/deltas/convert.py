@@ -13,7 +13,7 @@ import numpy as np
 from hywu_export.deltas.catalogue import Catalogue, Resolved, taken_at_its_word
 from hywu_export.deltas.lorafile import FloatArray, LoraPair, read_lora
 from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, nearest
-from hywu_runtime.deltas import Deltas
+from hywu_runtime.deltas import Deltas, is_delta_file
 from hywu_runtime.errors import DeltaError, InputError, UnsupportedError
 from hywu_runtime.files import write_atomically
 from hywu_runtime.manifest import Manifest
@@ -49,15 +49,39 @@ def load_lora(lora: str | Path | Sequence[Weighted], bundle: str | Path) -> Delt
 
 
 def resolve(path: str | Path, catalogue: Catalogue | None) -> Resolved:
-    """A LoRA file, its names looked up in ``catalogue``; None takes diffusers' spelling at its word.
+    """A LoRA or delta file, its names looked up in ``catalogue``; None takes diffusers' spelling at its word.
 
     Raises:
         CheckpointError, UnsupportedError, DeltaError, InputError: it cannot be read, or not be understood.
     """
-    file = read_lora(path)
-    found = taken_at_its_word(file) if catalogue is None else catalogue.resolve(file)
+    if is_delta_file(path):
+        found = _as_lora(Path(path))
+    else:
+        file = read_lora(path)
+        found = taken_at_its_word(file) if catalogue is None else catalogue.resolve(file)
     log.info("%s: %s, %d modules, rank %d", path, found.spelling, len(found.pairs), found.rank)
     return found
+
+
+def _as_lora(path: Path) -> Resolved:
+    """A delta file for one sample, without the ranks that it was only filled up with."""
+    deltas = Deltas.load(path)
+    if deltas.batch != 1 or any(tensor.ndim == 4 for tensor in deltas.values()):
+        what = "those of experts" if deltas.batch == 1 else f"for {deltas.batch} samples"
+        raise DeltaError(
+            f"The deltas in {path} are {what}",
+            "Expected linear layers and convolutions, for one sample",
+            "Give them alone, as --deltas",
+        )
+    pairs = {}
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in deltas):
+        a, b = (deltas.get(f"{module}.{half}") for half in ("lora_A", "lora_B"))
+        if a is None or b is None or a.shape[1] != b.shape[2]:
+            raise DeltaError(f"{path} has no pair of A and B for {module!r}", "Expected both, of one rank")
+        live = b[0].any(0) & a[0].reshape(a.shape[1], -1).any(1)
+        if live.any():
+            pairs[module] = LoraPair(a[0][live], b[0][:, live])
+    return Resolved(path, "deltas", pairs)
 
 
 def for_bundle(loras: Sequence[tuple[Resolved, float]], bundle: str | Path) -> dict[str, FloatArray]:
@@ -223,7 +247,7 @@ def save_lora(deltas: Deltas, path: str | Path, bundle: str | Path, sample: int 
         if tensor.ndim == 4:
             raise DeltaError(
                 f"The deltas of {module!r} are those of experts",
-                "Expected linear layers and convolutions: a LoRA file has no form for experts",
+                "Expected linear layers and convolutions: LoRA files have no form for experts",
                 "Keep them as a delta file",
             )
         component, path_there = catalogue.split(module)
