@@ -17,6 +17,7 @@ from hywu_runtime.manifest import Guidance, Licence, Manifest, Results, Sampler,
 if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
     from hywu_export.deltas import DeltaSpec
+    from hywu_export.deltas.catalogue import Resolved
     from hywu_export.families.base import Family, Limits, Plan
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
@@ -79,10 +80,11 @@ def export(
     generator: str | Path | None = None,
     options: ExportOptions | None = None,
     progress: Progress | None = None,
+    understood: Callable[[Resolved], object] | None = None,
 ) -> Manifest:
     """Write the bundle ``out`` from a diffusers pipeline folder, a generator folder, or both.
 
-    ``progress(what, done, total)`` is called before each stage.
+    ``progress(what, done, total)`` is called before each stage, ``understood`` with every LoRA file.
 
     Raises:
         CheckpointError, UnsupportedError, DeltaError, InputError: what was given cannot be exported.
@@ -102,6 +104,9 @@ def export(
             "Leave out --targets and --lora, or the generator",
         )
     job = _Job(None if base is None else Path(base), None if generator is None else Path(generator), options)
+    for lora in job.loras:
+        if understood is not None:
+            understood(lora)
     total = len(job.plan.graphs) + 2
     tell = progress or (lambda what, done, total: None)
     with BundleWriter(out, overwrite=options.overwrite, validate=Manifest.from_dict) as writer:
@@ -130,11 +135,12 @@ class _Job:
         self.family = None if base is None else open_base(base)
         self.spec: DeltaSpec | None = None
         self.tables: dict[str, ScheduleTable] = {}
+        self.loras: list[Resolved] = []
         columns, base_prompt = 0, None
         if self.family is None:
             _refuse_options_of_a_base(options)
         else:
-            self.spec = _delta_spec(self.family, self.generator, options)
+            self.spec = self._delta_spec(self.family)
             self.tables = _schedules(self.family, options)
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
@@ -147,6 +153,20 @@ class _Job:
             name: (encoding, *_open_tokenizer(encoding.folder))
             for name, encoding in self.plan.tokenizers.items()
         }
+
+    def _delta_spec(self, family: Family) -> DeltaSpec:
+        from hywu_export.deltas.catalogue import Catalogue
+        from hywu_export.deltas.convert import resolve
+
+        modules = {name: component.module for name, component in family.components.items()}
+        if self.generator is not None:
+            return self.generator.spec(modules[family.denoiser])
+        options, rank = self.options, self.options.max_rank
+        catalogue = Catalogue.from_modules(modules, family.denoiser)
+        self.loras = [resolve(path, catalogue) for path in options.loras]
+        spec = catalogue.spec(self.loras, rank or 1)
+        patterns = options.targets or (() if options.loras else family.default_targets)
+        return spec.union(_matching(family, patterns, rank or DEFAULT_RANK))
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
         from hywu_export.passes import check
@@ -296,24 +316,6 @@ def _refuse_options_of_a_base(options: ExportOptions) -> None:
                 "A generator alone has no targets, no sampler and no pictures",
                 "Leave it out, or give the base",
             )
-
-
-def _delta_spec(family: Family, generator: GeneratorPart | None, options: ExportOptions) -> DeltaSpec:
-    from hywu_export.deltas.catalogue import Catalogue
-    from hywu_export.deltas.convert import resolve
-
-    denoiser = family.components[family.denoiser].module
-    if generator is not None:
-        return generator.spec(denoiser)
-    catalogue = Catalogue.from_modules(
-        {name: component.module for name, component in family.components.items()}, family.denoiser
-    )
-    rank = options.max_rank
-    spec = catalogue.spec([resolve(path, catalogue) for path in options.loras], rank or 1)
-    patterns = options.targets or (() if options.loras else family.default_targets)
-    if not patterns:
-        return spec
-    return spec.union(_matching(family, patterns, rank or DEFAULT_RANK))
 
 
 def _matching(family: Family, patterns: Sequence[str], rank: int) -> DeltaSpec:

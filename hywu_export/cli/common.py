@@ -109,7 +109,7 @@ def weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def lora_report(lora: Resolved, weight: float) -> dict[str, Any]:
+def lora_report(lora: Resolved, weight: float = 1.0) -> dict[str, Any]:
     """What was found in a LoRA file, for ``--json``."""
     return {
         "file": str(lora.path),

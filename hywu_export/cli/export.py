@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hywu_export.cli.common import (
     Command,
     json_option,
+    lora_line,
+    lora_report,
     plural,
     print_json,
     progress_bar,
@@ -105,12 +107,17 @@ def export(
         guidance={name: scale for name, scale in scales.items() if scale is not None},
         max_batch=batch, max_size=max_size, size=size, link_weights=link_weights, overwrite=overwrite,
     )  # fmt: skip
+    found: list[dict[str, Any]] = []
     with progress_bar() as show:
-        manifest = export_bundle(out, base, generator, options, show)
-    _report(Path(out), manifest, time.perf_counter() - start, as_json)
+        manifest = export_bundle(
+            out, base, generator, options, show, lambda lora: found.append(lora_report(lora))
+        )
+    _report(Path(out), manifest, found, time.perf_counter() - start, as_json)
 
 
-def _report(out: Path, manifest: Manifest, seconds: float, as_json: bool) -> None:
+def _report(
+    out: Path, manifest: Manifest, loras: list[dict[str, Any]], seconds: float, as_json: bool
+) -> None:
     size = sum(file.size for file in manifest.files.values())
     links = {(t.source, t.file, t.offset): t.length for ts in manifest.linked.values() for t in ts.values()}
     linked, made = sum(links.values()), len(manifest.results.deltas)
@@ -123,6 +130,7 @@ def _report(out: Path, manifest: Manifest, seconds: float, as_json: bool) -> Non
                 "targets": len(spec.targets) if spec is not None else 0,
                 "rank": spec.rank if spec is not None else None,
                 "generated": made,
+                "loras": loras,
                 "schedulers": list(schedules.samplers) if schedules is not None else [],
                 "bytes": size,
                 "linked_bytes": linked,
@@ -135,6 +143,7 @@ def _report(out: Path, manifest: Manifest, seconds: float, as_json: bool) -> Non
         ("bundle", out),
         ("graphs", ", ".join(manifest.graphs)),
         ("deltas", f"{deltas}; {made} tensors generated" if made else f"{deltas}; none generated"),
+        *(("lora", lora_line(lora)) for lora in loras),
         ("schedulers", ", ".join(schedules.samplers) if schedules is not None else "none"),
         ("size", size_text(size) + (f", and {size_text(linked)} linked" if linked else "")),
         ("time", time_text(seconds)),
