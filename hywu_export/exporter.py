@@ -42,6 +42,7 @@ class ExportOptions:
         steps, guidance: defaults of an edit.
         max_batch, max_size, size: limits, and the side in pixels of the default working area.
         link_weights: leave the weights in the checkpoints.
+        stages: into how many graphs, one after another, the large ones are cut; see `hywu_export.stages`.
         overwrite: replace an existing bundle.
     """
 
@@ -56,10 +57,11 @@ class ExportOptions:
     max_size: int | None = None
     size: int | None = None
     link_weights: bool = False
+    stages: int = 1
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rank", "max_steps", "steps", "max_batch", "max_size", "size"):
+        for name in ("max_rank", "max_steps", "steps", "max_batch", "max_size", "size", "stages"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}", "Expected 1 or more", "Choose another value")
@@ -121,6 +123,7 @@ class _Job:
         from hywu_export.families import open_base
         from hywu_export.families.base import Limits
         from hywu_export.families.generator import GeneratorPart
+        from hywu_export.stages import Cutter, graphs_to_cut
 
         self.options = options
         self.folders = {"base": base, "generator": generator}
@@ -139,6 +142,8 @@ class _Job:
         area = None if options.size is None else options.size**2
         limits = Limits(options.max_batch, options.max_size, area)
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
+        self.cutter = Cutter(options.stages, self.plan.axes)
+        self.to_cut = graphs_to_cut(self.plan.graphs, options.stages) if options.stages > 1 else set()
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
         self.tokenizers = {
@@ -152,7 +157,11 @@ class _Job:
 
         traced = trace(graph, self.plan.axes)
         check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
-        writer.add_graph(traced)
+        for part in self.cutter.cut(traced) if graph.name in self.to_cut else [traced]:
+            if part is not traced:
+                axes = {**self.plan.axes, **self.cutter.axes}
+                check(part.model, axes, part.inputs, part.outputs, part.name)
+            writer.add_graph(part)
 
     def sections(self, writer: BundleWriter) -> dict[str, object]:
         """Add weights and files to the writer; return the sections of the manifest that it cannot know."""
@@ -174,9 +183,9 @@ class _Job:
                 writer.add_weights(name, index, source="generator", link=options.link_weights)
         sections: dict[str, object] = {
             "family": None if self.family is None else self.family.pipeline_class,
-            "axes": {name: axis.to_dict() for name, axis in plan.axes.items()},
+            "axes": {name: axis.to_dict() for name, axis in {**plan.axes, **self.cutter.axes}.items()},
             "tensors": encode(plan.tensors),
-            "program": encode(plan.program),
+            "program": encode(self.cutter.program(plan.program)),
             "results": encode(Results(plan.result, self._delta_results())),
             "state": encode(plan.state),
             "guidance": encode(self.guidance),
