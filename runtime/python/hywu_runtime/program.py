@@ -488,12 +488,6 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
     for name, axis in manifest.axes.items():
         if axis.one_or is not None and axis.one_or in sizes:
             sizes.setdefault(name, sizes[axis.one_or])
-        if axis.derived and (size := axis.size(sizes)) is not None:
-            sizes[name] = size
-    for name, array in arrays.items():
-        for dimension, size in zip(manifest.signatures[name].shape, array.shape):
-            if isinstance(dimension, str) and sizes.get(dimension, size) != size:
-                raise _mismatch(name, array, manifest.signatures[name])
     for name, size in sizes.items():
         axis = manifest.axes.get(name)
         if axis is None or axis.derived:
@@ -512,6 +506,13 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
                 f"Expected 1 or the size of {axis.one_or}, {sizes[axis.one_or]}",
                 "Give one set for all samples, or one for each",
             )
+    for name, axis in manifest.axes.items():
+        if axis.derived and (size := axis.size(sizes)) is not None:
+            sizes[name] = size
+    for name, array in arrays.items():
+        for dimension, size in zip(manifest.signatures[name].shape, array.shape):
+            if isinstance(dimension, str) and sizes.get(dimension, size) != size:
+                raise _mismatch(name, array, manifest.signatures[name])
     return sizes
 
 

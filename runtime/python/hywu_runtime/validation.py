@@ -153,7 +153,9 @@ def _term(m: Manifest, where: str, term: Term) -> None:
         raise malformed(where, "may be larger than 2^53", "smaller limits")
     if multiple % term.divide:
         raise malformed(
-            f"{where}.divide", f"is {term.divide}, which does not always divide", f"a divisor of {multiple}"
+            f"{where}.divide",
+            f"is {term.divide}, which does not always divide",
+            "a divisor of times and the multiples",
         )
 
 

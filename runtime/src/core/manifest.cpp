@@ -73,6 +73,16 @@ struct RankRule {
     }
 };
 
+struct FactorsRule {
+    static std::string what() { return "at most 4 names of axes"; }
+    static bool test(const std::vector<std::string>& items) { return items.size() <= 4; }
+};
+
+struct TermsRule {
+    static std::string what() { return "at most 16 terms"; }
+    static bool test(const std::vector<Term>& items) { return items.size() <= 16; }
+};
+
 struct TwoRule {
     static std::string what() { return "two integers"; }
     static bool test(const std::vector<std::int64_t>& items) { return items.size() == 2; }
@@ -125,6 +135,7 @@ using FilePath = Narrowed<Text, PathRule>;
 using Digest = Narrowed<Text, DigestRule>;
 using Count = Narrowed<Integer, CountRule>;
 using Size = Narrowed<Integer, RangeRule<1, max_dimension>>;
+using Stage = Narrowed<Integer, RangeRule<0, 255>>;
 using Length = Narrowed<Integer, RangeRule<1, 1048576>>;
 using TokenId = Narrowed<Integer, TokenIdRule>;
 using Template = Narrowed<Text, TemplateRule>;
@@ -265,6 +276,13 @@ static void fields(Visitor& visit, File& value) {
 }
 
 template <class Visitor>
+static void fields(Visitor& visit, Term& value) {
+    visit.optional(Narrowed<List<Name>, FactorsRule>{}, "of", value.of);
+    visit.optional(Size{}, "times", value.times);
+    visit.optional(Size{}, "divide", value.divide);
+}
+
+template <class Visitor>
 static void fields(Visitor& visit, Axis& value) {
     visit.optional(Nullable<Size>{}, "min", value.min);
     visit.optional(Nullable<Size>{}, "max", value.max);
@@ -272,6 +290,7 @@ static void fields(Visitor& visit, Axis& value) {
     visit.optional(Nullable<Name>{}, "one_or", value.one_or);
     visit.optional(Nullable<Name>{}, "of", value.of);
     visit.optional(Nullable<Size>{}, "divide", value.divide);
+    visit.optional(Narrowed<List<Record<Term>>, TermsRule>{}, "sum", value.sum);
 }
 
 template <class Visitor>
@@ -300,6 +319,8 @@ static void fields(Visitor& visit, Graph& value) {
     visit(FilePath{}, "file", value.file);
     visit(List<Record<Value>>{}, "inputs", value.inputs);
     visit(List<Record<Value>>{}, "outputs", value.outputs);
+    visit.optional(Stage{}, "stage", value.stage);
+    visit.optional(Nullable<Name>{}, "stage_of", value.stage_of);
 }
 
 template <class Visitor>

@@ -50,12 +50,45 @@ struct File {
     std::string sha256;
 };
 
-// A dynamic axis: limits (min, max, multiple, one_or), or `of` another, `divide`d.
+// A part of a size: `times` the product of the sizes of the axes `of`, divided by `divide`.
+struct Term {
+    std::vector<std::string> of;
+    std::int64_t times = 1, divide = 1;
+};
+
+// A dynamic axis: limits (min, max, multiple, one_or), `of` another, `divide`d, or a `sum` of terms.
 struct Axis {
     std::optional<std::int64_t> min, max;
     std::int64_t multiple = 1;
     std::optional<std::string> one_or, of;
     std::optional<std::int64_t> divide;
+    std::vector<Term> sum;
+
+    // Whether its size follows from those of other axes.
+    bool derived() const noexcept { return of.has_value() || !sum.empty(); }
+
+    // The size of a derived axis, or nothing where that of an axis that it depends on is not known.
+    // `size_of(name)` points to a size, or nowhere.
+    template <class SizeOf>
+    std::optional<std::int64_t> size(const SizeOf& size_of) const {
+        const auto quotient = [&](const std::vector<std::string>& names, std::int64_t product,
+                                  std::int64_t divisor) -> std::optional<std::int64_t> {
+            for (const std::string& name : names) {
+                const std::int64_t* size = size_of(name);
+                if (size == nullptr) return std::nullopt;
+                product *= *size;  // below 2^53 for sizes within their limits
+            }
+            return product / divisor;
+        };
+        if (of) return quotient({*of}, 1, divide.value_or(1));
+        std::int64_t total = 0;
+        for (const Term& term : sum) {
+            const auto part = quotient(term.of, term.times, term.divide);
+            if (!part) return std::nullopt;
+            total += *part;
+        }
+        return total;
+    }
 };
 
 enum class TensorSource { image, text, mask, noise, schedule, guidance, gate, input };
@@ -92,10 +125,13 @@ struct Value {
     Dims shape;
 };
 
-// An ONNX file and its signature.
+// An ONNX file and its signature. `stage`: where it runs if there are several devices. `stage_of`: the graph
+// that it is a part of; information only.
 struct Graph {
     std::string file;
     std::vector<Value> inputs, outputs;
+    std::int64_t stage = 0;
+    std::optional<std::string> stage_of;
 };
 
 // Where in the toolchain a graph's code lives. Information only.
