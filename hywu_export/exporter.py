@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -11,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hywu_export.bundle.sources import read_json_object
 from hywu_runtime.errors import CheckpointError, InputError
 from hywu_runtime.manifest import Guidance, Licence, Manifest, Results, Sampler, Schedules, Tokenizer
 
 if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
     from hywu_export.deltas import DeltaSpec
-    from hywu_export.families.base import Family, Limits, Plan
+    from hywu_export.families.base import Family, Limits, Plan, TextEncoding
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
 
@@ -147,7 +149,7 @@ class _Job:
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
         self.tokenizers = {
-            name: (encoding, *_open_tokenizer(encoding.folder))
+            name: (encoding, *_open_tokenizer(encoding))
             for name, encoding in self.plan.tokenizers.items()
         }
 
@@ -246,11 +248,16 @@ class _Job:
         lengths = {text.tokenizer: text.shape[1] for text in texts}
         entries: dict[str, Tokenizer] = {}
         for name, (encoding, file, pad_id) in self.tokenizers.items():
-            path = f"tokenizer/{encoding.folder.name}.json"
+            path = f"tokenizer/{encoding.name or encoding.folder.name}.json"
             if all(entry.file != path for entry in entries.values()):
                 writer.add_file(path, file)
             entries[name] = Tokenizer(
-                path, int(lengths[name]), pad_id, encoding.pad_side, template=encoding.template
+                path,
+                int(lengths[name]),
+                pad_id,
+                encoding.pad_side,
+                truncate=encoding.truncate,
+                template=encoding.template,
             )
         return entries
 
@@ -328,10 +335,16 @@ def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTabl
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
-def _open_tokenizer(folder: Path) -> tuple[bytes, int]:
+def _open_tokenizer(encoding: TextEncoding) -> tuple[bytes, int]:
     """A tokenizer as a file of the ``tokenizers`` library, and the id that it pads with."""
     from transformers import AutoTokenizer
 
+    folder = encoding.folder
+    if encoding.pad_id is not None:
+        data = read_json_object(folder / "tokenizer.json") | {"truncation": None, "padding": None}
+        if not encoding.special_tokens:
+            data["post_processor"] = None
+        return json.dumps(data, ensure_ascii=False).encode(), encoding.pad_id
     # Without these, transformers makes a tokenizer that knows no words.
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise CheckpointError(

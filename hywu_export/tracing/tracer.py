@@ -226,6 +226,7 @@ def _check_program(
         )
     units: dict[str, sympy.Expr] = {}  # root axis → its unit, in torch's symbols
     names: dict[str, str] = {}
+    same: dict[sympy.Expr, sympy.Expr] = {}  # torch may have a symbol per input for one axis
     for tensor, value in zip(spec.inputs, inputs):
         for declared, actual in zip(tensor.shape, value.shape):
             if not isinstance(declared, str) or declared in sizes.shared_axes:
@@ -233,7 +234,9 @@ def _check_program(
             if isinstance(actual, int):
                 raise _frozen(spec, tensor, declared, actual)
             root, factor = sizes.unit_key(declared)
-            units.setdefault(root, actual.node.expr / factor)
+            unit = units.setdefault(root, actual.node.expr / factor)
+            if actual.node.expr.is_Symbol and unit != actual.node.expr / factor:
+                same[actual.node.expr] = unit * factor
             names.setdefault(str(actual), declared)
     for tensor, value in zip(spec.outputs, outputs):
         if not isinstance(value, torch.Tensor):
@@ -241,7 +244,7 @@ def _check_program(
                 f"Output {tensor.name!r} of graph {spec.name!r} is {value!r}", "Outputs are tensors"
             )
         expected = [_expression(d, sizes, units) for d in tensor.shape]
-        actual = [d if isinstance(d, int) else d.node.expr for d in value.shape]
+        actual = [d if isinstance(d, int) else d.node.expr.subs(same) for d in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
         if len(expected) != len(actual) or any(sympy.simplify(e - a) != 0 for e, a in zip(expected, actual)):
             for declared, size in zip(tensor.shape, actual):

@@ -297,19 +297,21 @@ class DeltaTarget:
     """A module that takes a delta."""
 
     module: Name
-    kind: Literal["linear", "conv"]
+    kind: Literal["linear", "conv", "experts"]
     in_features: Size = field(metadata={"key": "in"})
     out_features: Size = field(metadata={"key": "out"})
     rank: Size
     kernel: Annotated[tuple[Size, ...], Rule("two integers", lambda k: len(k) == 2)] | None = None
+    experts: Size | None = None
 
     def shapes(self, rank: int | None = None) -> dict[str, tuple[int, ...]]:
         """Tensor name to shape without the leading delta batch, at ``rank`` or the target's own."""
         r = self.rank if rank is None else rank
         kernel = self.kernel or ()
+        experts = () if self.experts is None else (self.experts,)
         return {
-            f"{self.module}.lora_A": (r, self.in_features, *kernel),
-            f"{self.module}.lora_B": (self.out_features, r),
+            f"{self.module}.lora_A": (*experts, r, self.in_features, *kernel),
+            f"{self.module}.lora_B": (*experts, self.out_features, r),
         }
 
 

@@ -201,6 +201,12 @@ def _deltas(m: Manifest) -> None:
             raise malformed(
                 f"{where}.kernel", f"does not go with kind {target.kind}", "`kernel` for conv and only there"
             )
+        if (target.kind == "experts") != (target.experts is not None):
+            raise malformed(
+                f"{where}.experts",
+                f"does not go with kind {target.kind}",
+                "`experts` for experts and only there",
+            )
         if target.rank > m.deltas.rank:
             raise malformed(f"{where}.rank", f"is {target.rank}", f"at most `deltas.rank`, {m.deltas.rank}")
 
