@@ -229,8 +229,9 @@ struct PhaseWords {
 };
 struct TargetWords {
     using type = TargetKind;
-    static constexpr std::array<WordPair<TargetKind>, 2> all = {
-        {{"linear", TargetKind::linear}, {"conv", TargetKind::conv}}};
+    static constexpr std::array<WordPair<TargetKind>, 3> all = {{{"linear", TargetKind::linear},
+                                                                 {"conv", TargetKind::conv},
+                                                                 {"experts", TargetKind::experts}}};
 };
 struct PrecisionWords {
     using type = Precision;
@@ -397,6 +398,7 @@ static void fields(Visitor& visit, DeltaTarget& value) {
     visit(Size{}, "out", value.out_features);
     visit(Size{}, "rank", value.rank);
     visit.optional(Nullable<Sizes<2, TwoRule>>{}, "kernel", value.kernel);
+    visit.optional(Nullable<Size>{}, "experts", value.experts);
 }
 
 template <class Visitor>
@@ -520,8 +522,14 @@ bool is_safe_path(std::string_view path) {
 }
 
 std::vector<std::int64_t> DeltaTarget::a_shape() const {
+    if (experts) return {*experts, rank, in_features};
     if (!kernel) return {rank, in_features};
     return {rank, in_features, (*kernel)[0], (*kernel)[1]};
+}
+
+std::vector<std::int64_t> DeltaTarget::b_shape() const {
+    if (experts) return {*experts, out_features, rank};
+    return {out_features, rank};
 }
 
 std::optional<std::string> Engine::covers(

@@ -95,7 +95,7 @@ enum class TensorSource { image, text, mask, noise, schedule, guidance, gate, in
 enum class Draw { initial, step };
 enum class Column { initial_scale, timesteps, coefficients };
 enum class Phase { load, request, step, final };
-enum class TargetKind { linear, conv };
+enum class TargetKind { linear, conv, experts };
 enum class PadSide { left, right };
 // The words of the manifest.
 std::string_view name(TensorSource source);
@@ -209,18 +209,21 @@ struct ImagePolicy {
     std::int64_t multiple = 1, min = 1, max = 1, default_area = 1;
 };
 
-// A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width.
+// A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width, `experts` (experts
+// alone) their number.
 struct DeltaTarget {
     std::string module;
     TargetKind kind = TargetKind::linear;
     std::int64_t in_features = 1, out_features = 1, rank = 1;
-    std::optional<std::array<std::int64_t, 2>> kernel;
+    std::optional<std::array<std::int64_t, 2>> kernel = std::nullopt;
+    std::optional<std::int64_t> experts = std::nullopt;
 
     std::string a_name() const { return module + ".lora_A"; }
     std::string b_name() const { return module + ".lora_B"; }
-    // Shapes without the leading delta batch: [r, in] or [r, in, kh, kw]; [out, r].
+    // Shapes without the leading delta batch: [r, in], [r, in, kh, kw] or [experts, r, in]; [out, r] or
+    // [experts, out, r].
     std::vector<std::int64_t> a_shape() const;
-    std::vector<std::int64_t> b_shape() const { return {out_features, rank}; }
+    std::vector<std::int64_t> b_shape() const;
 };
 
 // Which deltas the bundle takes.

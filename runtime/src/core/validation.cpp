@@ -300,6 +300,10 @@ void Validator::deltas() const {
             throw malformed(where + ".kernel", "does not go with kind " + str(name(target.kind)),
                             "`kernel` for conv and only there");
         }
+        if ((target.kind == TargetKind::experts) != target.experts.has_value()) {
+            throw malformed(where + ".experts", "does not go with kind " + str(name(target.kind)),
+                            "`experts` for experts and only there");
+        }
         if (target.rank > m_.deltas->rank) {
             throw malformed(where + ".rank", "is " + std::to_string(target.rank),
                             "at most `deltas.rank`, " + std::to_string(m_.deltas->rank));

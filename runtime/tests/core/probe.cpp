@@ -260,6 +260,10 @@ core::DeltaSpec spec_of(const json& question) {
             target.kind = core::TargetKind::conv;
             target.kernel = entry.at("kernel").get<std::array<std::int64_t, 2>>();
         }
+        if (entry.contains("experts")) {
+            target.kind = core::TargetKind::experts;
+            target.experts = entry.at("experts").get<std::int64_t>();
+        }
         spec.rank = std::max(spec.rank, target.rank);
         spec.tensors.add(target.a_name(), target.a_shape());
         spec.tensors.add(target.b_name(), target.b_shape());
