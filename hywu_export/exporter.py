@@ -149,8 +149,7 @@ class _Job:
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
         self.tokenizers = {
-            name: (encoding, *_open_tokenizer(encoding))
-            for name, encoding in self.plan.tokenizers.items()
+            name: (encoding, *_open_tokenizer(encoding)) for name, encoding in self.plan.tokenizers.items()
         }
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:

@@ -26,9 +26,16 @@ class Sizes:
     Args:
         axes: what the manifest declares.
         units: root axis → torch's symbol for its size divided by its ``multiple``.
+        same: other symbols of torch's → what they are in those.
     """
 
-    def __init__(self, axes: Mapping[str, Axis], units: Mapping[str, sympy.Expr]):
+    def __init__(
+        self,
+        axes: Mapping[str, Axis],
+        units: Mapping[str, sympy.Expr],
+        same: Mapping[sympy.Expr, sympy.Expr],
+    ):
+        self._same = {str(symbol): expression for symbol, expression in same.items()}
         self.made: dict[str, Axis] = {}
         self._multiples = {name: axes[name].multiple for name in units}
         self._roots = {str(unit): name for name, unit in units.items()}
@@ -54,6 +61,8 @@ class Sizes:
     def _find(self, text: str) -> int | str | None:
         try:
             expression = sympy.sympify(text)
+            others = {s: self._same[str(s)] for s in expression.free_symbols if str(s) in self._same}
+            expression = sympy.sympify(str(expression.subs(others)))  # without torch's assumptions
             roots = [self._roots[str(symbol)] for symbol in expression.free_symbols]
         except (sympy.SympifyError, KeyError, TypeError, SyntaxError):
             return None

@@ -96,7 +96,7 @@ def _trace(spec: GraphSpec, sizes: _Sizes, axes: Mapping[str, Axis]) -> TracedGr
                 f"The module must work for every size of {', '.join(sizes.named_axes())}",
                 "Correct the limits or the multiple of the axis, or the module's use of its size",
             ) from error
-        symbols, units = _check_program(spec, sizes, program)
+        symbols, units, same = _check_program(spec, sizes, program)
         try:
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
@@ -114,7 +114,7 @@ def _trace(spec: GraphSpec, sizes: _Sizes, axes: Mapping[str, Axis]) -> TracedGr
     parameters = {*signature.parameters, *(set(signature.buffers) - set(signature.non_persistent_buffers))}
     _declare(model, spec, symbols)
     clean(model, parameters)
-    names = Sizes(axes, units)
+    names = Sizes(axes, units, same)
     shapes = {value: value.shape for node in model.graph for value in node.outputs if value.shape is not None}
     if sizes.shared_axes:
         free_delta_axis(model, sizes.shared_axes, spec.name)
@@ -210,10 +210,11 @@ class _Sizes:
 
 def _check_program(
     spec: GraphSpec, sizes: _Sizes, program: ExportedProgram
-) -> tuple[dict[str, str], dict[str, sympy.Expr]]:
+) -> tuple[dict[str, str], dict[str, sympy.Expr], dict[sympy.Expr, sympy.Expr]]:
     """Compares the exported signature with the declared one.
 
-    Returns torch's size expression → axis name, and root axis → torch's symbol for its unit.
+    Returns torch's size expression → axis name, root axis → torch's symbol for its unit, and what other symbols
+    of torch's are in these.
     """
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     inputs = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
@@ -260,7 +261,7 @@ def _check_program(
                 f"Output {tensor.name!r} of graph {spec.name!r} is {dtype}",
                 f"It is declared as {tensor.dtype}",
             )
-    return names, units
+    return names, units, same
 
 
 def _expression(dimension: int | str, sizes: _Sizes, units: Mapping[str, sympy.Expr]) -> Any:
