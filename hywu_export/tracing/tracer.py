@@ -213,8 +213,8 @@ def _check_program(
 ) -> tuple[dict[str, str], dict[str, sympy.Expr], dict[sympy.Expr, sympy.Expr]]:
     """Compares the exported signature with the declared one.
 
-    Returns torch's size expression → axis name, root axis → torch's symbol for its unit, and what other symbols
-    of torch's are in these.
+    Returns torch's size expression → axis name; root axis → torch's symbol for its unit; and what other
+    symbols of torch's are in these.
     """
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     inputs = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
