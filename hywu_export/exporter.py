@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hywu_export.bundle.sources import read_json_object
 from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
 from hywu_runtime.manifest import (
     Guidance,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
     from hywu_export.deltas import DeltaSpec
     from hywu_export.deltas.catalogue import Resolved
-    from hywu_export.families.base import Family, Limits, Plan
+    from hywu_export.families.base import Family, Limits, Plan, TextEncoding
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
 
@@ -56,6 +58,7 @@ class ExportOptions:
         text_length: tokens of a prompt, where the pipeline leaves them open (its max_sequence_length).
         vae_tile: side in pixels of the VAE's tiles, if pictures may be larger.
         link_weights: leave the weights in the checkpoints.
+        stages: into how many graphs, one after another, the large ones are cut; see `hywu_export.stages`.
         overwrite: replace an existing bundle.
     """
 
@@ -72,6 +75,7 @@ class ExportOptions:
     text_length: int | None = None
     vae_tile: int | None = None
     link_weights: bool = False
+    stages: int = 1
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -84,6 +88,7 @@ class ExportOptions:
             "size",
             "text_length",
             "vae_tile",
+            "stages",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -150,6 +155,7 @@ class _Job:
         from hywu_export.families import open_base
         from hywu_export.families.base import Limits
         from hywu_export.families.generator import GeneratorPart
+        from hywu_export.stages import Cutter, graphs_to_cut
 
         self.options = options
         self.folders = {"base": base, "generator": generator}
@@ -170,12 +176,13 @@ class _Job:
         limits = Limits(options.max_batch, options.max_size, area, options.text_length, options.vae_tile)
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
         _check_tiles(self.plan, options.vae_tile)
+        self.cutter = Cutter(options.stages, self.plan.axes)
+        self.to_cut = graphs_to_cut(self.plan.graphs, options.stages) if options.stages > 1 else set()
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
         self._check_start()
         self.tokenizers = {
-            name: (encoding, *_open_tokenizer(encoding.folder))
-            for name, encoding in self.plan.tokenizers.items()
+            name: (encoding, *_open_tokenizer(encoding)) for name, encoding in self.plan.tokenizers.items()
         }
 
     def _delta_spec(self, family: Family) -> DeltaSpec:
@@ -198,7 +205,11 @@ class _Job:
 
         traced = trace(graph, self.plan.axes)
         check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
-        writer.add_graph(traced)
+        for part in self.cutter.cut(traced) if graph.name in self.to_cut else [traced]:
+            if part is not traced:
+                axes = {**self.plan.axes, **self.cutter.axes}
+                check(part.model, axes, part.inputs, part.outputs, part.name)
+            writer.add_graph(part)
 
     def sections(self, writer: BundleWriter) -> dict[str, object]:
         """Add weights and files to the writer; return the sections of the manifest that it cannot know."""
@@ -220,9 +231,9 @@ class _Job:
                 writer.add_weights(name, index, source="generator", link=options.link_weights)
         sections: dict[str, object] = {
             "family": None if self.family is None else self.family.pipeline_class,
-            "axes": {name: axis.to_dict() for name, axis in plan.axes.items()},
+            "axes": {name: axis.to_dict() for name, axis in {**plan.axes, **self.cutter.axes}.items()},
             "tensors": encode(plan.tensors),
-            "program": encode(plan.program),
+            "program": encode(self.cutter.program(plan.program)),
             "results": encode(Results(plan.result, self._delta_results())),
             "state": encode(plan.state),
             "guidance": encode(self.guidance),
@@ -294,7 +305,7 @@ class _Job:
         lengths = {text.tokenizer: text.shape[1] for text in texts}
         entries: dict[str, Tokenizer] = {}
         for name, (encoding, file, pad_id) in self.tokenizers.items():
-            path = f"tokenizer/{encoding.folder.name}.json"
+            path = f"tokenizer/{encoding.name or encoding.folder.name}.json"
             if all(entry.file != path for entry in entries.values()):
                 writer.add_file(path, file)
             entries[name] = Tokenizer(
@@ -302,6 +313,7 @@ class _Job:
                 int(lengths[name]),
                 pad_id,
                 encoding.pad_side,
+                truncate=encoding.truncate,
                 template=encoding.template,
                 lowercase=encoding.lowercase,
             )
@@ -411,10 +423,16 @@ def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTabl
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
-def _open_tokenizer(folder: Path) -> tuple[bytes, int]:
+def _open_tokenizer(encoding: TextEncoding) -> tuple[bytes, int]:
     """A tokenizer as a file of the ``tokenizers`` library, and the id that it pads with."""
     from transformers import AutoTokenizer
 
+    folder = encoding.folder
+    if encoding.pad_id is not None:
+        data = read_json_object(folder / "tokenizer.json") | {"truncation": None, "padding": None}
+        if not encoding.special_tokens:
+            data["post_processor"] = None
+        return json.dumps(data, ensure_ascii=False).encode(), encoding.pad_id
     # Without these, transformers makes a tokenizer that knows no words.
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise CheckpointError(

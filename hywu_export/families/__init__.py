@@ -14,7 +14,8 @@ from hywu_runtime.errors import UnsupportedError
 if TYPE_CHECKING:
     from hywu_export.families.base import Family
 
-REGISTRY = {  # pipeline class in model_index.json → module:class
+REGISTRY = {  # pipeline class in model_index.json, or architecture in config.json → module:class
+    "HunyuanImage3ForCausalMM": "hunyuan_image3:HunyuanImage3Instruct",
     "StableDiffusion3Img2ImgPipeline": "sd3_img2img:StableDiffusion3Img2Img",
     "FluxKontextPipeline": "flux_kontext:FluxKontext",
     "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2Pix",

@@ -45,7 +45,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def pipeline_class(base: Path) -> str:
-    """The class name in ``model_index.json``."""
+    """The class name in ``model_index.json``; for a folder of transformers, the architecture in
+    ``config.json``."""
+    if not (base / "model_index.json").exists() and (base / "config.json").exists():
+        architectures = read_config(base / "config.json").get("architectures")
+        if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+            return architectures[0]
     return class_name(base / "model_index.json")
 
 

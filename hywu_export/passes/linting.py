@@ -82,6 +82,7 @@ OPERATORS = frozenset(
         "Squeeze",
         "Sub",
         "Tanh",
+        "TopK",
         "Transpose",
         "Unsqueeze",
         "Where",

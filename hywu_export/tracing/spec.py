@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hywu_runtime.codec import encode
 from hywu_runtime.errors import UnsupportedError
+from hywu_runtime.manifest import Term
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +43,8 @@ class Axis:
     """A free dimension, as in the manifest.
 
     Either a root axis, with its limits (``multiple`` divides every size), or, with ``of``, an axis that is
-    exactly ``1/divide`` of another. ``one_or`` names the axis whose size this one takes unless it is 1.
+    exactly ``1/divide`` of another, or a ``sum`` of products of root axes. ``one_or`` names the axis whose
+    size this one takes unless it is 1.
     """
 
     min: int = 1
@@ -50,9 +53,12 @@ class Axis:
     of: str | None = None
     divide: int = 1
     one_or: str | None = None
+    sum: tuple[Term, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """The axis as the manifest writes it."""
+        if self.sum:
+            return {"sum": encode(self.sum)}
         if self.of is not None:
             return {"of": self.of, "divide": self.divide}
         entry: dict[str, object] = {"min": self.min, "max": self.max}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from hywu_export.verify.measures import LEVEL, TORCH, Check, TensorCheck
 from hywu_export.verify.pictures import edit_side, edit_steps
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.errors import UnsupportedError
-from hywu_runtime.manifest import Manifest
+from hywu_runtime.manifest import Graph, Manifest
 
 if TYPE_CHECKING:
     from hywu_export.bundle.weights import WeightSource
@@ -90,8 +91,8 @@ def check_graph(bundle: Bundle, graph: GraphSpec, original: Original) -> Check:
     from hywu_export.tracing.loading import with_weights
     from hywu_runtime.backends.onnxruntime import OnnxRuntime
 
-    declared = bundle.manifest.graphs.get(graph.name)
-    if declared is None:
+    parts = _parts(bundle.manifest, graph.name)
+    if not parts:
         raise UnsupportedError(
             f"The bundle has no graph {graph.name!r}",
             "Expected the graphs that this version makes of these checkpoints",
@@ -101,22 +102,47 @@ def check_graph(bundle: Bundle, graph: GraphSpec, original: Original) -> Check:
         tensor.name: TensorCheck(tensor.name, LEVEL if tensor.dtype == "uint8" else TORCH)
         for tensor in graph.outputs
     }
-    wrong = _signature_difference(graph, declared)
+    wrong = _signature_difference(graph, _whole(parts.values()))
     if wrong:
         failed = (replace(check, failure="shape", detail=wrong) for check in checks.values())
         return Check(PART, graph.name, tuple(failed))
-    file = bundle.graph_file(graph.name)
-    session = OnnxRuntime("ort-cpu", 0, None).load(bundle.file(file), bundle.initializers(file))
+    backend = OnnxRuntime("ort-cpu", 0, None)
+    sessions = {
+        part: backend.load(bundle.file(declared.file), bundle.initializers(declared.file))
+        for part, declared in parts.items()
+    }
     inputs = RandomInputs(bundle, graph)
     with quiet(), with_weights(graph.module, original.weights), torch.no_grad():
         for sizes in sizes_to_try(graph, original.plan.axes):
             arrays = inputs.draw(sizes)
             made = graph.module(*(torch.from_numpy(arrays[tensor.name]) for tensor in graph.inputs))
-            got = session.run(arrays)
+            got = dict(arrays)
+            for part, session in sessions.items():
+                got |= session.run({value.name: got[value.name] for value in parts[part].inputs})
             for tensor, expected in zip(graph.outputs, made):
                 name = tensor.name
                 checks[name] = checks[name].seen(got[name], expected.numpy(), sizes)
     return Check(PART, graph.name, tuple(checks.values()))
+
+
+def _parts(manifest: Manifest, name: str) -> dict[str, Graph]:
+    """A graph, or the stages that it was cut into, in order."""
+    if name in manifest.graphs:
+        return {name: manifest.graphs[name]}
+    stages = {part: graph for part, graph in manifest.graphs.items() if graph.stage_of == name}
+    return dict(sorted(stages.items(), key=lambda item: item[1].stage))
+
+
+def _whole(parts: Collection[Graph]) -> Graph:
+    """The signature of parts as one graph: without what they give to each other."""
+    made = {value.name for part in parts for value in part.outputs}
+    inputs = {value.name: value for part in parts for value in part.inputs}
+    crossing = made & inputs.keys()
+    return Graph(
+        "",
+        tuple(value for name, value in inputs.items() if name not in made),
+        tuple(value for part in parts for value in part.outputs if value.name not in crossing),
+    )
 
 
 def _signature_difference(graph: GraphSpec, declared: Any) -> str:

@@ -116,8 +116,8 @@ def _inputs(manifest: Manifest, axes: Mapping[str, int], side: int) -> dict[str,
         if isinstance(dimension, int):
             return dimension
         axis = manifest.axes[dimension]
-        if axis.of is not None:
-            return size(axis.of) // (axis.divide or 1)
+        if axis.derived:
+            return axis.size({root: size(root) for term in axis.terms for root in term.of}) or 1
         return axes.get(
             dimension, min(max(axis.min or 1, side // axis.multiple * axis.multiple), axis.max or 1)
         )

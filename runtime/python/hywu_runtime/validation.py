@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from hywu_runtime.codec import malformed, show
+from hywu_runtime.codec import MAX_INT, malformed, show
 from hywu_runtime.manifest import (
     FILE_NAME,
     ITEM_SIZES,
@@ -17,6 +17,7 @@ from hywu_runtime.manifest import (
     Call,
     Manifest,
     ProvidedTensor,
+    Term,
     Value,
 )
 
@@ -93,17 +94,15 @@ def _files(m: Manifest) -> None:
 
 
 def _axes(m: Manifest) -> None:
-    if "batch" in m.axes and (m.axes["batch"].of is not None or m.axes["batch"].one_or is not None):
+    if "batch" in m.axes and (m.axes["batch"].derived or m.axes["batch"].one_or is not None):
         raise malformed("axes.batch", "depends on another axis", "an axis with limits of its own")
     for name, axis in m.axes.items():
         where = f"axes[{show(name)}]"
-        if (
-            (axis.of is None) != (axis.divide is None)
-            or (axis.of is None) == (axis.min is None)
-            or ((axis.min is None) != (axis.max is None))
-        ):
+        forms = (axis.min is not None) + (axis.of is not None) + bool(axis.sum)
+        halves = (axis.of is None) != (axis.divide is None) or (axis.min is None) != (axis.max is None)
+        if halves or forms != 1:
             raise malformed(
-                where, "mixes the two forms of an axis", "either `min` and `max`, or `of` and `divide`"
+                where, "mixes the forms of an axis", "either `min` and `max`, or `of` and `divide`, or `sum`"
             )
         if axis.min is not None and axis.max is not None:
             if axis.min > axis.max:
@@ -113,21 +112,19 @@ def _axes(m: Manifest) -> None:
                     where, f"has no multiple of {axis.multiple} within its limits", "at least one size"
                 )
         elif axis.multiple != 1 or axis.one_or is not None:
-            raise malformed(where, "is derived and has `multiple` or `one_or`", "`of` and `divide` alone")
+            raise malformed(
+                where, "is derived and has `multiple` or `one_or`", "`of` and `divide`, or `sum`, alone"
+            )
         if axis.one_or is not None:
             _known(f"{where}.one_or", axis.one_or, m.axes, "an axis")
-            if (
-                m.axes[axis.one_or].one_or is not None
-                or m.axes[axis.one_or].of is not None
-                or axis.one_or == name
-            ):
+            if m.axes[axis.one_or].one_or is not None or m.axes[axis.one_or].derived or axis.one_or == name:
                 raise malformed(
                     f"{where}.one_or", f"is {show(axis.one_or)}", "an axis with limits of its own"
                 )
         if axis.of is not None:
             _known(f"{where}.of", axis.of, m.axes, "an axis")
             base = m.axes[axis.of]
-            if base.of is not None or base.one_or is not None:
+            if base.derived or base.one_or is not None:
                 raise malformed(
                     f"{where}.of", f"is {show(axis.of)}, itself derived", "an axis with limits of its own"
                 )
@@ -137,6 +134,29 @@ def _axes(m: Manifest) -> None:
                     f"is {axis.divide}, which does not divide every size of {show(axis.of)}",
                     f"a divisor of its multiple, {base.multiple}",
                 )
+        for i, term in enumerate(axis.sum):
+            _term(m, f"{where}.sum[{i}]", term)
+
+
+def _term(m: Manifest, where: str, term: Term) -> None:
+    multiple = largest = term.times
+    for name in term.of:
+        _known(f"{where}.of", name, m.axes, "an axis")
+        base = m.axes[name]
+        if base.derived or base.one_or is not None:
+            raise malformed(
+                f"{where}.of", f"has {show(name)}, itself derived", "axes with limits of their own"
+            )
+        multiple *= base.multiple
+        largest *= base.max or 1
+    if largest > MAX_INT:
+        raise malformed(where, "may be larger than 2^53", "smaller limits")
+    if multiple % term.divide:
+        raise malformed(
+            f"{where}.divide",
+            f"is {term.divide}, which does not always divide",
+            "a divisor of times and the multiples",
+        )
 
 
 def _guidance(m: Manifest) -> None:
@@ -190,6 +210,12 @@ def _deltas(m: Manifest) -> None:
             raise malformed(
                 f"{where}.kernel", f"does not go with kind {target.kind}", "`kernel` for conv and only there"
             )
+        if (target.kind == "experts") != (target.experts is not None):
+            raise malformed(
+                f"{where}.experts",
+                f"does not go with kind {target.kind}",
+                "`experts` for experts and only there",
+            )
         if target.rank > m.deltas.rank:
             raise malformed(f"{where}.rank", f"is {target.rank}", f"at most `deltas.rank`, {m.deltas.rank}")
 
@@ -198,7 +224,7 @@ def _shape(m: Manifest, where: str, shape: tuple[int | str, ...]) -> None:
     for dimension in shape:
         if isinstance(dimension, str):
             _known(where, dimension, m.axes, "an axis")
-    size = math.prod(d if isinstance(d, int) else (m.axes[d].min or 1) for d in shape)
+    size = math.prod(d if isinstance(d, int) else m.least_sizes[d] for d in shape)
     if size > 2**40:
         raise malformed(where, "has more than 2^40 elements", "a tensor that a machine could hold")
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <numeric>
 #include <set>
 
 #include "core/codec.hpp"
@@ -72,7 +73,7 @@ std::string written(Dtype dtype, const Dims& shape) { return str(name(dtype)) + 
 
 bool is_axis(const Dim& dim, std::string_view axis) { return dim.symbolic() && dim.axis == axis; }
 
-bool derived(const Axis& axis) { return axis.of || axis.one_or; }
+bool derived(const Axis& axis) { return axis.derived() || axis.one_or; }
 
 class Validator {
 public:
@@ -98,6 +99,8 @@ private:
     void additions(const std::string& section, const Additions& all,
                    std::vector<std::pair<std::string, const std::string*>>& references) const;
     void axes() const;
+    void term(const std::string& where, const Term& term) const;
+    std::int64_t least(const std::string& axis) const;
     void guidance();
     void schedules() const;
     void deltas() const;
@@ -185,10 +188,11 @@ void Validator::axes() const {
     }
     for (const auto& [name, axis] : m_.axes) {
         const std::string where = at("axes", name);
-        if (axis.of.has_value() != axis.divide.has_value() || axis.of.has_value() == axis.min.has_value() ||
-            axis.min.has_value() != axis.max.has_value()) {
-            throw malformed(where, "mixes the two forms of an axis",
-                            "either `min` and `max`, or `of` and `divide`");
+        const int forms = (axis.min ? 1 : 0) + (axis.of ? 1 : 0) + (axis.sum.empty() ? 0 : 1);
+        if (axis.of.has_value() != axis.divide.has_value() || axis.min.has_value() != axis.max.has_value() ||
+            forms != 1) {
+            throw malformed(where, "mixes the forms of an axis",
+                            "either `min` and `max`, or `of` and `divide`, or `sum`");
         }
         if (axis.min && axis.max) {
             if (*axis.min > *axis.max) {
@@ -202,7 +206,8 @@ void Validator::axes() const {
                                 "at least one size");
             }
         } else if (axis.multiple != 1 || axis.one_or) {
-            throw malformed(where, "is derived and has `multiple` or `one_or`", "`of` and `divide` alone");
+            throw malformed(where, "is derived and has `multiple` or `one_or`",
+                            "`of` and `divide`, or `sum`, alone");
         }
         if (axis.one_or) {
             known(where + ".one_or", *axis.one_or, m_.axes, "an axis");
@@ -225,6 +230,31 @@ void Validator::axes() const {
                                 "a divisor of its multiple, " + std::to_string(base.multiple));
             }
         }
+        for (std::size_t i = 0; i < axis.sum.size(); ++i) term(at(where + ".sum", i), axis.sum[i]);
+    }
+}
+
+void Validator::term(const std::string& where, const Term& term) const {
+    double largest = static_cast<double>(term.times);  // of at most five factors below 2^31: to be compared
+    std::int64_t divide = term.divide;                 // what is left of it, divided by what it divides
+    const auto divisible_by = [&divide](std::int64_t factor) { divide /= std::gcd(divide, factor); };
+    std::string multiple = std::to_string(term.times);
+    divisible_by(term.times);
+    for (const std::string& name : term.of) {
+        known(where + ".of", name, m_.axes, "an axis");
+        const Axis& base = m_.axes.at(name);
+        if (derived(base)) {
+            throw malformed(where + ".of", "has " + show(name) + ", itself derived",
+                            "axes with limits of their own");
+        }
+        divisible_by(base.multiple);
+        largest *= static_cast<double>(base.max.value_or(1));
+    }
+    if (largest > 9007199254740992.0) throw malformed(where, "may be larger than 2^53", "smaller limits");
+    if (divide != 1) {
+        throw malformed(where + ".divide",
+                        "is " + std::to_string(term.divide) + ", which does not always divide",
+                        "a divisor of times and the multiples");
     }
 }
 
@@ -276,6 +306,10 @@ void Validator::deltas() const {
             throw malformed(where + ".kernel", "does not go with kind " + str(name(target.kind)),
                             "`kernel` for conv and only there");
         }
+        if ((target.kind == TargetKind::experts) != target.experts.has_value()) {
+            throw malformed(where + ".experts", "does not go with kind " + str(name(target.kind)),
+                            "`experts` for experts and only there");
+        }
         if (target.rank > m_.deltas->rank) {
             throw malformed(where + ".rank", "is " + std::to_string(target.rank),
                             "at most `deltas.rank`, " + std::to_string(m_.deltas->rank));
@@ -288,13 +322,21 @@ void Validator::shape(const std::string& where, const Dims& shape) const {
     for (const Dim& dim : shape) {
         if (dim.symbolic()) known(where, dim.axis, m_.axes, "an axis");
     }
-    std::int64_t elements = 1;  // at least so many; sizes are below 2^31, so that the product fits
+    std::int64_t elements = 1;  // at least so many
     for (const Dim& dim : shape) {
-        elements *= dim.symbolic() ? m_.axes.at(dim.axis).min.value_or(1) : dim.size;
-        if (elements > most) {
+        const std::int64_t size = dim.symbolic() ? least(dim.axis) : dim.size;
+        if (size > most / elements) {
             throw malformed(where, "has more than 2^40 elements", "a tensor that a machine could hold");
         }
+        elements *= size;
     }
+}
+
+// The smallest size of an axis.
+std::int64_t Validator::least(const std::string& axis) const {
+    const auto own = [this](const std::string& name) { return &*m_.axes.at(name).min; };
+    const Axis& found = m_.axes.at(axis);
+    return found.derived() ? std::max<std::int64_t>(found.size(own).value_or(1), 1) : found.min.value_or(1);
 }
 
 void Validator::tensors() const {
