@@ -77,7 +77,8 @@ class GraphSpec:
     order of ``outputs``. Parameters become initializers under their names in ``module``, which are
     ``<component>.<name in the component's checkpoint>``. ``example_sizes`` overrides the size that tracing
     uses for an axis. ``tile`` is the largest side, in pixels, of the tiles that the module cuts a picture
-    into; the graph has it as the metadata property `TILE`.
+    into; the graph has it as the metadata property `TILE`. ``integers`` says from where to where (exclusive)
+    integers of an input make sense, for random ones; otherwise they are 0 and 1.
     """
 
     name: str
@@ -86,6 +87,7 @@ class GraphSpec:
     outputs: Sequence[TensorSpec]
     example_sizes: Mapping[str, int] = field(default_factory=dict)
     tile: int | None = None
+    integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def resolve_axis(name: str, axes: Mapping[str, Axis]) -> tuple[str, int]:
