@@ -41,6 +41,7 @@ class ExportOptions:
         max_steps: largest step count in the schedule.
         steps, guidance: defaults of an edit.
         max_batch, max_size, size: limits, and the side in pixels of the default working area.
+        images: how many pictures each request has, for a pipeline that takes several.
         link_weights: leave the weights in the checkpoints.
         overwrite: replace an existing bundle.
     """
@@ -55,11 +56,12 @@ class ExportOptions:
     max_batch: int = 8
     max_size: int | None = None
     size: int | None = None
+    images: int = 1
     link_weights: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rank", "max_steps", "steps", "max_batch", "max_size", "size"):
+        for name in ("max_rank", "max_steps", "steps", "max_batch", "max_size", "size", "images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}", "Expected 1 or more", "Choose another value")
@@ -137,7 +139,7 @@ class _Job:
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         area = None if options.size is None else options.size**2
-        limits = Limits(options.max_batch, options.max_size, area)
+        limits = Limits(options.max_batch, options.max_size, area, options.images)
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
@@ -241,7 +243,7 @@ class _Job:
             if all(entry.file != path for entry in entries.values()):
                 writer.add_file(path, file)
             entries[name] = Tokenizer(
-                path, int(lengths[name]), pad_id, encoding.pad_side, template=encoding.template
+                path, int(lengths[name]), pad_id, encoding.pad_side, encoding.truncate, encoding.template
             )
         return entries
 

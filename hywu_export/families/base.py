@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels."""
+    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels.
+
+    ``images`` is the number of pictures that each request has.
+    """
 
     max_batch: int = 8
     max_size: int | None = None
     area: int | None = None
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class TextEncoding:
     folder: Path
     template: str = "{}"
     pad_side: Literal["left", "right"] = "right"
+    truncate: bool = True
 
 
 @dataclass
@@ -93,6 +98,8 @@ class ReferenceEdit:
         latents: standard normal, float32 ``[1, C, h, w]``.
         seed: of the ``torch.Generator`` that the scheduler draws its noise from, in the shape of ``latents``.
         guidance: scale by name.
+        negative_prompt: what guidance leads away from.
+        more_photos: those after the first, for a pipeline that takes several.
     """
 
     photo: npt.NDArray[np.uint8]
@@ -102,6 +109,8 @@ class ReferenceEdit:
     latents: npt.NDArray[np.float32]
     seed: int
     guidance: Mapping[str, float]
+    negative_prompt: str = ""
+    more_photos: tuple[npt.NDArray[np.uint8], ...] = ()
 
 
 class Family(Protocol):

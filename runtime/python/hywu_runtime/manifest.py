@@ -119,6 +119,17 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Resize:
+    """How a photograph is brought to another size: sides are multiples of ``multiple``; areas in pixels."""
+
+    filter: Literal["lanczos", "bicubic"]
+    multiple: Size
+    area: Size | None = None
+    min_area: Size | None = None
+    max_area: Size | None = None
+
+
+@dataclass(frozen=True)
 class ProvidedTensor:
     """A tensor that the runtime provides; ``source`` says from what, the other keys depend on it."""
 
@@ -132,6 +143,9 @@ class ProvidedTensor:
     draw: Literal["initial", "step"] | None = None
     column: Literal["initial_scale", "timesteps", "coefficients"] | None = None
     guidance: Name | None = None
+    index: Count | None = None
+    origin: Name | None = field(default=None, metadata={"key": "from"})
+    resize: tuple[Resize, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -268,6 +282,7 @@ class ImagePolicy:
     min: Size
     max: Size
     default_area: Size
+    enlarge: bool = False
 
 
 @dataclass(frozen=True)
