@@ -41,6 +41,7 @@ class ExportOptions:
         max_steps: largest step count in the schedule.
         steps, guidance: defaults of an edit.
         max_batch, max_size, size: limits, and the side in pixels of the default working area.
+        text_length: tokens of a prompt, where the pipeline leaves them open (its max_sequence_length).
         images: how many pictures each request has, for a pipeline that takes several.
         link_weights: leave the weights in the checkpoints.
         overwrite: replace an existing bundle.
@@ -56,12 +57,22 @@ class ExportOptions:
     max_batch: int = 8
     max_size: int | None = None
     size: int | None = None
+    text_length: int | None = None
     images: int = 1
     link_weights: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rank", "max_steps", "steps", "max_batch", "max_size", "size", "images"):
+        for name in (
+            "max_rank",
+            "max_steps",
+            "steps",
+            "max_batch",
+            "max_size",
+            "size",
+            "text_length",
+            "images",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}", "Expected 1 or more", "Choose another value")
@@ -139,7 +150,7 @@ class _Job:
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         area = None if options.size is None else options.size**2
-        limits = Limits(options.max_batch, options.max_size, area, options.images)
+        limits = Limits(options.max_batch, options.max_size, area, options.text_length, options.images)
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
@@ -232,7 +243,7 @@ class _Job:
                 "Choose one of these, or a larger --max-steps",
             )
         trained = None if self.generator is None else self.generator.defaults.steps
-        return asked or min(max(trained or DEFAULT_STEPS, low), high)
+        return asked or min(max(trained or self.plan.steps or DEFAULT_STEPS, low), high)
 
     def _add_tokenizers(self, writer: BundleWriter) -> dict[str, Tokenizer]:
         texts = [tensor for tensor in self.plan.tensors.values() if tensor.source == "text"]
@@ -286,7 +297,7 @@ def make_plan(
 
 
 def _refuse_options_of_a_base(options: ExportOptions) -> None:
-    for name in ("targets", "lora", "samplers", "steps", "max_size", "size"):
+    for name in ("targets", "lora", "samplers", "steps", "max_size", "size", "text_length"):
         if getattr(options, name):
             raise InputError(
                 f"The option {name} was given without a base",

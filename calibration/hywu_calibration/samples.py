@@ -208,4 +208,5 @@ def _evenly(items: Sequence[T], count: int, random: np.random.Generator) -> Iter
 def _other_size(photo: Path, policy: ImagePolicy, area: float) -> tuple[int, int]:
     """The size that the photograph would have if the default area were ``area`` times what it is."""
     height, width = load_photo(photo).shape[:2]
-    return working_size(width, height, replace(policy, default_area=max(1, int(policy.default_area * area))))
+    area = max(1, int(policy.default_area * area))
+    return working_size(width, height, replace(policy, default_area=area, sizes=()))

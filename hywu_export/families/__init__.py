@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hywu_export.families.base import Family
 
 REGISTRY = {  # pipeline class in model_index.json → module:class
+    "FluxKontextPipeline": "flux_kontext:FluxKontext",
     "QwenImageEditPipeline": "qwen_image_edit:QwenImageEdit",
     "QwenImageEditPlusPipeline": "qwen_image_edit:QwenImageEditPlus",
     "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2Pix",

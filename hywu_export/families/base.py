@@ -19,16 +19,20 @@ if TYPE_CHECKING:
     from hywu_export.schedules import ScheduleTable
 
 
+LONG_TEXT = "long"
+"""The tokenizer whose length may be chosen at export, as diffusers' max_sequence_length, has this name."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels.
-
-    ``images`` is the number of pictures that each request has.
-    """
+    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels;
+    ``text_length`` are the tokens of a prompt, where the pipeline leaves them open (`LONG_TEXT`);
+    ``images`` is the number of pictures that each request has."""
 
     max_batch: int = 8
     max_size: int | None = None
     area: int | None = None
+    text_length: int | None = None
     images: int = 1
 
 
@@ -57,6 +61,7 @@ class Plan:
         state, guidance, image: as in the manifest.
         result: the tensor that holds the edited image, if any.
         tokenizers: what text tensors are encoded with, by the name that these give.
+        steps: the pipeline's own default, if the sampler takes it.
     """
 
     graphs: list[GraphSpec] = field(default_factory=list)
@@ -68,6 +73,7 @@ class Plan:
     image: ImagePolicy | None = None
     result: str | None = None
     tokenizers: dict[str, TextEncoding] = field(default_factory=dict)
+    steps: int | None = None
 
     def add(self, part: Plan) -> None:
         """Take in a part whose calls are of the request phase, to run after this plan's own of that phase."""
@@ -98,6 +104,7 @@ class ReferenceEdit:
         latents: standard normal, float32 ``[1, C, h, w]``.
         seed: of the ``torch.Generator`` that the scheduler draws its noise from, in the shape of ``latents``.
         guidance: scale by name.
+        text_length: tokens of the prompt; None is the pipeline's own choice.
         negative_prompt: what guidance leads away from.
         more_photos: those after the first, for a pipeline that takes several.
     """
@@ -109,6 +116,7 @@ class ReferenceEdit:
     latents: npt.NDArray[np.float32]
     seed: int
     guidance: Mapping[str, float]
+    text_length: int | None = None
     negative_prompt: str = ""
     more_photos: tuple[npt.NDArray[np.uint8], ...] = ()
 

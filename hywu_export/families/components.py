@@ -114,8 +114,10 @@ def open_component(
     index = _open_index(folder)
     found: dict[str, TensorLocation] = {}
     used: set[str] = set()
+    tied = _tied(module)
     for parameter, value in module.state_dict().items():
-        key = next((key for key in _spellings(parameter) if key in index), None)
+        names = (parameter, *tied.get(parameter, ()))
+        key = next((key for name in names for key in _spellings(name) if key in index), None)
         if key is None:
             raise CheckpointError(
                 f"The {name}'s checkpoint in {folder} lacks {parameter!r}",
@@ -141,6 +143,19 @@ def open_component(
             "Check that config and weights belong together",
         )
     return Component(name, module, found, index)
+
+
+def _tied(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Parameter → the other names of the same tensor; a checkpoint may hold it under one of them."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {
+        name: tuple(other for other in group if other != name)
+        for group in groups.values()
+        if len(group) > 1
+        for name in group
+    }
 
 
 def _open_index(folder: Path) -> SafetensorsIndex:

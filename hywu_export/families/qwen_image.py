@@ -15,7 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageUpsample
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+    QwenImageCausalConv3d,
+    QwenImageRMS_norm,
+    QwenImageUpsample,
+)
 from torch import Tensor, nn
 
 from hywu_export.deltas import DeltaSpec, inject
@@ -30,17 +34,20 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class ImageEncoder(nn.Module):
-    """Pixels ``uint8 [B, H, W, 3]`` to the mode of the VAE's posterior ``[B, C, h, w]``, normalized."""
+    """Pictures ``uint8 [B, H, W, 3]`` to the mode of the VAE's posterior ``[B, C, h, w]`` each, normalized."""
 
     def __init__(self, vae: AutoencoderKLQwenImage):
         super().__init__()
         self.vae = vae
 
-    def forward(self, image: Tensor) -> tuple[Tensor]:
+    def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(self._latents, images))
+
+    def _latents(self, image: Tensor) -> Tensor:
         frame = from_pixels(image).unsqueeze(2)
         moments = self.vae.quant_conv(self.vae.encoder(frame)).squeeze(2)
         mean, _ = moments.chunk(2, 1)
-        return ((mean - _channels(self.vae.config.latents_mean)) / _channels(self.vae.config.latents_std),)
+        return (mean - _channels(self.vae.config.latents_mean)) / _channels(self.vae.config.latents_std)
 
 
 class ImageDecoder(nn.Module):
@@ -59,6 +66,11 @@ class ImageDecoder(nn.Module):
 
 def _channels(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)
+
+
+def _length(x: Tensor, dim: int) -> Tensor:
+    """Euclidean, with the dimension kept."""
+    return (x * x).sum(dim, keepdim=True).sqrt()
 
 
 class Step(nn.Module):
@@ -123,8 +135,7 @@ class Step(nn.Module):
         # Not chunk(2): it would freeze the batch.
         with_prompt, without = made.unflatten(0, (2, -1)).unbind(0)
         combined = without + prompts[-1][:, None, None] * (with_prompt - without)
-        norm = torch.linalg.vector_norm
-        return combined * (norm(with_prompt, dim=-1, keepdim=True) / norm(combined, dim=-1, keepdim=True))
+        return combined * (_length(with_prompt, -1) / _length(combined, -1))
 
     def _prompt(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """States ``[B, S, C]`` of a prompt, and which of them are no padding: bool ``[B, S]``."""
@@ -302,10 +313,18 @@ def make_vae(config: Mapping[str, Any]) -> nn.Module:
                 module.forward = partial(_convolve_frame, module)
             elif isinstance(module, QwenImageUpsample):
                 module.mode = "nearest"  # by a factor of 2 that is "nearest-exact", which ONNX does not have
+            elif isinstance(module, QwenImageRMS_norm):
+                module.forward = partial(_normalize, module)
         return vae
 
     module: nn.Module = fake_module(make)
     return module
+
+
+def _normalize(module: QwenImageRMS_norm, x: Tensor) -> Tensor:
+    """The norm over the channels, in operators that every backend has."""
+    length = _length(x, 1).clamp(min=1e-12)
+    return x / length * module.scale * module.gamma + module.bias
 
 
 def _convolve_frame(module: QwenImageCausalConv3d, x: Tensor) -> Tensor:

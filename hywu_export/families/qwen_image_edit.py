@@ -16,7 +16,7 @@ import numpy.typing as npt
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from hywu_export.deltas import DeltaSpec
-from hywu_export.families.base import ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
+from hywu_export.families.base import LONG_TEXT, ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
 from hywu_export.families.components import Component, class_name, open_component, read_config
 from hywu_export.families.qwen_image import ImageDecoder, ImageEncoder, Step, make_transformer, make_vae
 from hywu_export.families.qwen_vl import PictureSettings, PromptEncoder, VisionEncoder, make_text_encoder
@@ -26,10 +26,9 @@ from hywu_export.tracing import Axis, GraphSpec, TensorSpec
 from hywu_runtime.errors import CheckpointError, InputError
 from hywu_runtime.manifest import Call, Guidance, ImagePolicy, ProvidedTensor, Resize, State
 
-TOKENIZER = "main"
 PROMPT_TOKENS = 512
-"""Length of a prompt with the end of its chat: the pipelines' ``max_sequence_length``. A longer one is
-refused; the pipelines take it."""
+"""Length of a prompt with the end of its chat, by default: the pipelines' ``max_sequence_length``. A longer
+one is refused; the pipelines take it."""
 DROPPED = 64
 """Tokens of the chat's start whose states the pipelines leave out: nearly all of the system's message."""
 AREA = 1024 * 1024  # of a picture, in pixels
@@ -68,6 +67,7 @@ class QwenImageEdit:
         settings = folder / "scheduler" / "scheduler_config.json"
         self.scheduler = class_name(settings), read_config(settings)
         self._seen = PictureSettings.read(folder / "processor")
+        self._prompt_tokens = PROMPT_TOKENS
         self._check_fit()
 
     def _check_fit(self) -> None:
@@ -113,7 +113,7 @@ class QwenImageEdit:
     @property
     def condition_source(self) -> ConditionSource:
         texts = self._texts(1)
-        length = sum(map(len, texts)) - DROPPED + PROMPT_TOKENS
+        length = sum(map(len, texts)) - DROPPED + self._prompt_tokens
         return ConditionSource(
             TensorSpec("prompt.text", "float32", ("batch", length, self._width)),
             TensorSpec("image.latents", "float32", self._latents("")),
@@ -130,6 +130,7 @@ class QwenImageEdit:
                 f"The {self.pipeline_class} takes {_range(self.max_pictures)}",
                 "Correct --images",
             )
+        self._prompt_tokens = limits.text_length or PROMPT_TOKENS
         return _Planner(self, spec, limits, base_prompt).plan()
 
     # What the pipelines differ in.
@@ -154,7 +155,7 @@ class QwenImageEdit:
         texts = [tokenizer(a + b).input_ids for a, b in zip(after, [*before, ""])]
         if len(texts[0]) < DROPPED:
             raise CheckpointError(
-                f"The tokenizer in {self.folder / 'tokenizer'} makes {len(texts[0])} tokens of the chat's start",
+                f"The tokenizer in {self.folder / 'tokenizer'} makes {len(texts[0])} tokens of a chat's start",
                 f"The pipeline leaves out the first {DROPPED}",
                 "Check that it is the pipeline's own tokenizer",
             )
@@ -251,7 +252,7 @@ class _Planner:
             image=ImagePolicy("image", side.multiple, side.min, side.max, area, enlarge=True),
             result="edited",
             tokenizers={
-                TOKENIZER: TextEncoding(family.folder / "tokenizer", template=PROMPT, truncate=False)
+                LONG_TEXT: TextEncoding(family.folder / "tokenizer", template=PROMPT, truncate=False)
             },
         )
 
@@ -281,18 +282,18 @@ class _Planner:
         return self._each(name, "float32", shape, ("rows", "columns"))
 
     def _text(self, name: str) -> TensorSpec:
-        length = sum(self._lengths) + len(self.texts[-1]) + PROMPT_TOKENS
+        length = sum(self._lengths) + len(self.texts[-1]) + self.family._prompt_tokens
         return TensorSpec(name, "float32", ("batch", length, self.family._width))
 
     def _graphs(self) -> list[GraphSpec]:
         family = self.family
         latents = TensorSpec("latents", "float32", family._latents(""))
         text_encoder = family._components["text_encoder"].module
-        ids = TensorSpec("input_ids", "int64", ("batch", PROMPT_TOKENS))
+        ids = TensorSpec("input_ids", "int64", ("batch", self.family._prompt_tokens))
         prompt = "prompt" if self.base_prompt is None else "base_prompt"
 
         def states(name: str) -> list[TensorSpec]:
-            mask = TensorSpec(f"{name}.mask", "int64", ("batch", PROMPT_TOKENS))
+            mask = TensorSpec(f"{name}.mask", "int64", ("batch", self.family._prompt_tokens))
             return [mask, self._text(f"{name}.text"), *self._states(f"{name}.picture{{}}")]
 
         common = [
@@ -361,11 +362,11 @@ class _Planner:
             )
         for name in self._prompts():
             ids = f"{name}.ids"
-            shape = ("batch", PROMPT_TOKENS)
+            shape = ("batch", self.family._prompt_tokens)
             constant = self.base_prompt if name == "base_prompt" else None
             said = name if constant is None else None
             tensors[ids] = ProvidedTensor(
-                "int64", shape, "text", text=said, constant=constant, tokenizer=TOKENIZER
+                "int64", shape, "text", text=said, constant=constant, tokenizer=LONG_TEXT
             )
             tensors[f"{name}.mask"] = ProvidedTensor("int64", shape, "mask", of=ids)
         return tensors

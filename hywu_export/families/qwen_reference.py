@@ -1,10 +1,10 @@
 """diffusers' own Qwen-Image editing pipelines, for comparison: what ``hywu verify`` and the tests run.
 
-Two things differ from ``from_pretrained`` and a call. The processor is made of transformers' tokenizer and its
-Pillow image processor, as its own class asks for torchvision, for videos; Pillow also is what the runtimes'
-pixels are those of. And the text encoder is told which tokens are pictures: from transformers 5 on it must be,
-or it silently takes them for text and gives them other positions than those it was trained with, and the
-pipelines of diffusers up to 0.42 do not (diffusers issue 14194).
+Two things differ from ``from_pretrained`` and a call. The processor is made of transformers' tokenizer and
+its Pillow image processor, as its own class asks for torchvision, for videos; Pillow also is what the
+runtimes' pixels are those of. And the text encoder is told which tokens are pictures: from transformers 5 on
+it must be, or it silently takes them for text and gives them other positions than those it was trained with,
+and the pipelines of diffusers up to 0.42 do not (diffusers issue 14194).
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class PictureSettings:
 
 
 class VisionEncoder(nn.Module):
-    """Pixels ``uint8 [B, H, W, 3]``, H and W multiples of a token's side, to tokens ``[B, rows, columns, C]``.
+    """Pictures ``uint8 [B, H, W, 3]``, sides multiples of a token's, to tokens ``[B, rows, columns, C]`` each.
 
     Most blocks attend within windows of ``window_size`` pixels. The tokens are put in order of windows once,
     each filled up to its full size by copies that nothing attends to; so windows are an axis of the batch.
@@ -109,7 +109,10 @@ class VisionEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(settings.mean), persistent=False)
         self.register_buffer("std", torch.tensor(settings.std), persistent=False)
 
-    def forward(self, image: Tensor) -> tuple[Tensor]:
+    def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(self._tokens, images))
+
+    def _tokens(self, image: Tensor) -> Tensor:
         visual = self.text_encoder.model.visual
         rows, columns = (size // self.settings.side for size in image.shape[1:3])
         patches = visual.patch_embed.proj.weight.flatten(1)  # a convolution whose steps are its kernel
@@ -127,7 +130,8 @@ class VisionEncoder(nn.Module):
         x = visual.merger.ln_q(x)
         x = visual.merger.mlp(x.reshape(x.shape[0], order.count * order.size**2, -1))
         x = x.index_select(1, order.raster.flatten())
-        return (x.reshape(x.shape[0], rows, columns, -1),)
+        tokens: Tensor = x.reshape(x.shape[0], rows, columns, -1)
+        return tokens
 
     def _patchify(self, image: Tensor, rows: int, columns: int) -> Tensor:
         """``[B, tokens, patches of a token, values of a patch]``."""

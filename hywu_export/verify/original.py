@@ -43,6 +43,7 @@ class Original:
             batch or 1,
             policy.max if policy is not None else None,
             policy.default_area if policy is not None else None,
+            text_length(manifest),
         )
         rows = [t.shape[0] for t in manifest.tensors.values() if t.column == "coefficients"]
         width = rows[0] if rows and isinstance(rows[0], int) else 0
@@ -57,6 +58,14 @@ class Original:
 def base_prompt(manifest: Manifest) -> str | None:
     """What the base is told instead of the instruction; None if it is told the instruction."""
     return next((t.constant for t in manifest.tensors.values() if t.constant is not None), None)
+
+
+def text_length(manifest: Manifest) -> int | None:
+    """Tokens of a prompt, where the pipeline leaves them open."""
+    from hywu_export.families.base import LONG_TEXT
+
+    entry = manifest.tokenizers.get(LONG_TEXT)
+    return entry.max_length if entry is not None else None
 
 
 def check_graph(bundle: Bundle, graph: GraphSpec, original: Original) -> Check:
@@ -148,7 +157,9 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
     prompt = PROMPTS[0] if replaced is None else replaced
     with quiet():
         expected = family.reference_edit(
-            ReferenceEdit(photo, prompt, section.default, steps, latents, SEED, guidance)
+            ReferenceEdit(
+                photo, prompt, section.default, steps, latents, SEED, guidance, text_length(manifest)
+            )
         )
     with Editor(bundle, create_backend("ort-cpu")) as editor:
         got = editor.edit(

@@ -8,8 +8,20 @@ from typing import Any
 
 import torch
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-WORDS = ["Describe the key features of the input image", "make it sepia", "a cat in the snow", "ugly, blurred"]
+SPECIAL = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+WORDS = [
+    "Describe the key features of the input image",
+    "make it sepia",
+    "a cat in the snow",
+    "ugly, blurred",
+]
 
 
 def make_tokenizer() -> Any:
@@ -34,7 +46,7 @@ def make_tokenizer() -> Any:
 
 def make_base(folder: Path, pipeline: str = "QwenImageEditPipeline", **transformer: Any) -> None:
     """A pipeline whose components are of the public ones' form: windows and one full block in the vision
-    tower, two key heads' worth of queries, a VAE that halves three times, a schedule with a dynamic shift."""
+    tower, two key heads' worth of queries, a VAE that halves twice, a schedule with a dynamic shift."""
     import diffusers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -72,15 +84,16 @@ def make_base(folder: Path, pipeline: str = "QwenImageEditPipeline", **transform
     vae = diffusers.AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
-        dim_mult=[1, 1, 2, 2],
+        dim_mult=[1, 1, 2],
         num_res_blocks=1,
+        temperal_downsample=[False, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.1, 0.9, 1.2, 1.0],
     )
     settings = {
         "in_channels": 16,
         "out_channels": 4,
-        "num_layers": 2,
+        "num_layers": 1,
         "attention_head_dim": 16,
         "num_attention_heads": 2,
         "joint_attention_dim": 32,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from parity import Case, Parity, Request, photos
+from parity import Case, Parity, Request
 from qwen_models import make_base
 
 from hywu_export import ExportOptions

@@ -199,6 +199,10 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("min above max", lambda m: m["axes"]["batch"].update(min=9), "min", False),
     ("image is none", lambda m: m["image"].update(tensor="gate"), "image", False),
     ("image without sizes", lambda m: m["image"].update(min=9, max=15), "multiple", False),
+    ("sizes off the limits", lambda m: m["image"].update(sizes=[[8, 8], [8, 72]]), "image.sizes[1]", False),
+    ("sizes off the multiple", lambda m: m["image"].update(sizes=[[12, 8]]), "multiples of 8", False),
+    ("size of three", lambda m: m["image"].update(sizes=[[8, 8, 8]]), "a width and a height", True),
+    ("sizes of no pair", lambda m: m["image"].update(sizes=[8]), "image.sizes[0]", True),
     ("link to nowhere", lambda m: m["linked"]["step.onnx"]["mix"].update(source="ghost"), "ghost", False),
     ("link past the end", lambda m: m["linked"]["step.onnx"]["mix"].update(offset=990), "offset", False),
     ("link length", lambda m: m["linked"]["step.onnx"]["mix"].update(length=33), "length", False),
@@ -433,6 +437,16 @@ def test_schema_has_the_keys_of_the_dataclasses() -> None:
         assert set(part["properties"]) == {key for key, _, _ in fields.values()}, name
         required = {key for key, _, default in fields.values() if default is dataclasses.MISSING}
         assert set(part.get("required", [])) == required, name
+
+
+def test_sizes_are_written_and_read() -> None:
+    value = valid()
+    value["image"]["sizes"] = [[8, 64], [64, 8]]
+    VALIDATOR.validate(value)
+    manifest = Manifest.from_dict(value)
+    assert manifest.image is not None
+    assert manifest.image.sizes == ((8, 64), (64, 8))
+    assert manifest.to_dict()["image"] == value["image"]
 
 
 def test_scales_without_a_condition_decide_nothing() -> None:

@@ -58,6 +58,10 @@ def parse_size(size: Size, policy: ImagePolicy) -> tuple[int, int]:
 
 def working_size(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
     """The (width, height) at which a photo is edited by default; see *Image sizes* in docs/bundle.md."""
+    offered = [size for size in policy.sizes if policy.min <= min(size) and max(size) <= policy.max]
+    if offered:
+        _, w, h = min((abs(width / height - w / h), w, h) for w, h in offered)
+        return w, h
     scale = math.sqrt(policy.default_area / (width * height))
     scale = scale if policy.enlarge else min(scale, 1.0)
     if min(width, height) * scale < policy.min:
@@ -76,23 +80,28 @@ def resized_sizes(width: int, height: int, steps: Sequence[Resize]) -> list[tupl
     docs/bundle.md."""
     sizes = []
     for step in steps:
-        least = step.multiple
-
-        def sides(
-            to_int: Callable[[float], int], divisor: float = 1.0, factor: float = 1.0
-        ) -> tuple[int, int]:
-            w, h = (max(1, to_int(n / divisor * factor / least)) * least for n in (width, height))
-            return w, h
-
-        pixels = width * height
-        made = sides(_nearest, math.sqrt(pixels / step.area) if step.area is not None else 1.0)
+        size, area = (width, height), width * height
+        made = _sides(size, step, _nearest, math.sqrt(area / step.area) if step.area is not None else 1.0)
         if step.max_area is not None and made[0] * made[1] > step.max_area:
-            made = sides(math.floor, math.sqrt(pixels / step.max_area))
+            made = _sides(size, step, math.floor, math.sqrt(area / step.max_area))
         elif step.min_area is not None and made[0] * made[1] < step.min_area:
-            made = sides(math.ceil, factor=math.sqrt(step.min_area / pixels))
+            made = _sides(size, step, math.ceil, 1.0, math.sqrt(step.min_area / area))
         width, height = made
         sizes.append(made)
     return sizes
+
+
+def _sides(
+    size: tuple[int, int],
+    step: Resize,
+    to_int: Callable[[float], int],
+    divisor: float,
+    factor: float = 1.0,
+) -> tuple[int, int]:
+    """Both sides divided or multiplied, and brought to a multiple by ``to_int``."""
+    multiple = step.multiple
+    width, height = (max(1, to_int(side / divisor * factor / multiple)) * multiple for side in size)
+    return width, height
 
 
 def _nearest(value: float) -> int:
@@ -100,7 +109,7 @@ def _nearest(value: float) -> int:
 
 
 def resize(photo: Pixels, steps: Sequence[Resize], sizes: Sequence[tuple[int, int]]) -> Pixels:
-    """A photo uint8 ``[H, W, 3]`` brought to each of the ``sizes`` in turn, by the filters of the ``steps``."""
+    """A photo uint8 ``[H, W, 3]`` brought to each of the ``sizes`` in turn, by the ``steps``' filters."""
     for step, size in zip(steps, sizes):
         photo = _resize(photo, size, step.filter)
     return photo

@@ -242,7 +242,7 @@ class Schedules:
 
 @dataclass(frozen=True)
 class Guidance:
-    """A guidance scale; requests are guided only if it is above ``above``, or at least ``at_least``, if any."""
+    """A guidance scale; a request is guided only if it is above ``above``, or at least ``at_least``."""
 
     name: Name
     default: float
@@ -275,13 +275,14 @@ def is_guided(guidance: Iterable[Guidance], scales: Mapping[str, Iterable[float]
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How a photograph's size becomes a working size; lengths in pixels."""
+    """How a photograph's size becomes a working size; lengths in pixels. ``sizes``: (width, height)."""
 
     tensor: Name
     multiple: Size
     min: Size
     max: Size
     default_area: Size
+    sizes: tuple[Annotated[tuple[Size, ...], Rule("a width and a height", lambda s: len(s) == 2)], ...] = ()
     enlarge: bool = False
 
 

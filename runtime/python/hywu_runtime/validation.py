@@ -521,6 +521,13 @@ def _image(m: Manifest) -> None:
             f"has no multiple of {policy.multiple} from {policy.min} to {policy.max}",
             "at least one size",
         )
+    for i, size in enumerate(policy.sizes):
+        if any(side % policy.multiple or not policy.min <= side <= policy.max for side in size):
+            raise malformed(
+                f"image.sizes[{i}]",
+                f"is {list(size)}",
+                f"multiples of {policy.multiple} from {policy.min} to {policy.max}",
+            )
 
 
 def _linked(m: Manifest) -> None:

@@ -85,6 +85,11 @@ struct StepsRule {
     }
 };
 
+struct PairRule {
+    static std::string what() { return "a width and a height"; }
+    static bool test(const std::vector<std::int64_t>& items) { return items.size() == 2; }
+};
+
 struct ThreeRule {
     static std::string what() { return "three integers: smallest, best, largest"; }
     static bool test(const std::vector<std::int64_t>& items) {
@@ -366,6 +371,7 @@ static void fields(Visitor& visit, ImagePolicy& value) {
     visit(Size{}, "min", value.min);
     visit(Size{}, "max", value.max);
     visit(Size{}, "default_area", value.default_area);
+    visit.optional(List<Sizes<2, PairRule>>{}, "sizes", value.sizes);
 }
 
 template <class Visitor>

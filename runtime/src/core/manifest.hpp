@@ -155,7 +155,7 @@ struct Schedules {
     Ordered<Sampler> samplers;
 };
 
-// A guidance scale; a request is guided only if it is above `above`, or at least `at_least`, if any.
+// A guidance scale; a request is guided only if it is above `above`, or at least `at_least`.
 struct Guidance {
     std::string name;
     double default_scale = 0;
@@ -174,10 +174,11 @@ struct Guidance {
 bool is_guided(const std::vector<Guidance>& guidance,
                const std::map<std::string, std::vector<double>>* scales = nullptr);
 
-// How a photograph's size becomes a working size; lengths in pixels.
+// How a photograph's size becomes a working size; lengths in pixels. `sizes`: width, height.
 struct ImagePolicy {
     std::string tensor;
     std::int64_t multiple = 1, min = 1, max = 1, default_area = 1;
+    std::vector<std::array<std::int64_t, 2>> sizes;
 };
 
 // A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width.

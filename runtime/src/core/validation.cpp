@@ -690,6 +690,16 @@ void Validator::image() const {
                             std::to_string(policy.min) + " to " + std::to_string(policy.max),
                         "at least one size");
     }
+    for (std::size_t i = 0; i < policy.sizes.size(); ++i) {
+        const auto& [width, height] = policy.sizes[i];
+        for (const std::int64_t side : policy.sizes[i]) {
+            if (side % policy.multiple == 0 && side >= policy.min && side <= policy.max) continue;
+            throw malformed(at("image.sizes", i),
+                            "is [" + std::to_string(width) + ", " + std::to_string(height) + "]",
+                            "multiples of " + std::to_string(policy.multiple) + " from " +
+                                std::to_string(policy.min) + " to " + std::to_string(policy.max));
+        }
+    }
 }
 
 // The size of an array in bytes; saturates.

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "core/error.hpp"
 
@@ -120,6 +122,21 @@ std::vector<std::uint8_t> resize_columns(const std::uint8_t* rgb, int width, int
     return result;
 }
 
+// Of the policy's sizes within its limits, that whose aspect is nearest to the photo's; of several the
+// least, by width, then height.
+std::optional<Size> nearest_aspect(const core::ImagePolicy& policy, int width, int height) {
+    const double aspect = static_cast<double>(width) / height;
+    std::optional<std::tuple<double, int, int>> best;
+    for (const auto& [w, h] : policy.sizes) {
+        if (std::min(w, h) < policy.min || std::max(w, h) > policy.max) continue;
+        const double distance = std::abs(aspect - static_cast<double>(w) / static_cast<double>(h));
+        const std::tuple one{distance, static_cast<int>(w), static_cast<int>(h)};
+        if (!best || one < *best) best = one;
+    }
+    if (!best) return std::nullopt;
+    return Size(std::get<1>(*best), std::get<2>(*best));
+}
+
 }  // namespace
 
 Size working_size(const core::ImagePolicy& policy, int width, int height,
@@ -138,6 +155,7 @@ Size working_size(const core::ImagePolicy& policy, int width, int height,
         }
         return *explicit_size;
     }
+    if (const std::optional<Size> offered = nearest_aspect(policy, width, height)) return *offered;
     const auto area = static_cast<double>(std::int64_t{width} * height);
     const int shorter = std::min(width, height);
     const auto min = static_cast<double>(policy.min);

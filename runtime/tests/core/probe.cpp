@@ -119,7 +119,8 @@ json dump(const core::ImagePolicy& value) {
             {"multiple", value.multiple},
             {"min", value.min},
             {"max", value.max},
-            {"default_area", value.default_area}};
+            {"default_area", value.default_area},
+            {"sizes", dump(value.sizes)}};
 }
 json dump(const core::DeltaTarget& value) {
     return {{"module", value.module},

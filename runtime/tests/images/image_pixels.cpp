@@ -50,7 +50,10 @@ int run(const std::vector<std::string>& arguments) {
         policy.max = number(6);
         policy.default_area = std::stoll(arguments.at(7));
         std::optional<images::Size> size;
-        if (arguments.size() > 9) size = {number(8), number(9)};
+        if (arguments.size() == 10) size = {number(8), number(9)};
+        // Three numbers or more: the sizes that the policy offers, after their number.
+        for (std::size_t i = 9; arguments.size() > 10 && i + 1 < arguments.size(); i += 2)
+            policy.sizes.push_back({std::stoll(arguments.at(i)), std::stoll(arguments.at(i + 1))});
         const auto [width, height] = images::working_size(policy, number(2), number(3), size);
         std::printf("%d %d\n", width, height);
     } else if (verb == "read") {
