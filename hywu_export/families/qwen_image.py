@@ -34,7 +34,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class ImageEncoder(nn.Module):
-    """Pictures ``uint8 [B, H, W, 3]`` to the mode of the VAE's posterior ``[B, C, h, w]`` each, normalized."""
+    """Pictures ``uint8 [B, H, W, 3]`` to normalized latents ``[B, C, h, w]``, the mode of the posterior."""
 
     def __init__(self, vae: AutoencoderKLQwenImage):
         super().__init__()

@@ -155,7 +155,7 @@ class QwenImageEdit:
         texts = [tokenizer(a + b).input_ids for a, b in zip(after, [*before, ""])]
         if len(texts[0]) < DROPPED:
             raise CheckpointError(
-                f"The tokenizer in {self.folder / 'tokenizer'} makes {len(texts[0])} tokens of a chat's start",
+                f"The tokenizer in {self.folder / 'tokenizer'} has {len(texts[0])} tokens for a chat's start",
                 f"The pipeline leaves out the first {DROPPED}",
                 "Check that it is the pipeline's own tokenizer",
             )

@@ -96,7 +96,7 @@ class PictureSettings:
 
 
 class VisionEncoder(nn.Module):
-    """Pictures ``uint8 [B, H, W, 3]``, sides multiples of a token's, to tokens ``[B, rows, columns, C]`` each.
+    """Pictures ``uint8 [B, H, W, 3]``, of whole tokens, to tokens ``[B, rows, columns, C]`` each.
 
     Most blocks attend within windows of ``window_size`` pixels. The tokens are put in order of windows once,
     each filled up to its full size by copies that nothing attends to; so windows are an axis of the batch.

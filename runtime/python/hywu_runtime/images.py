@@ -77,7 +77,11 @@ def working_size(width: int, height: int, policy: ImagePolicy) -> tuple[int, int
 
 def resized_sizes(width: int, height: int, steps: Sequence[Resize]) -> list[tuple[int, int]]:
     """The (width, height) after each of the ``steps``, from a photo of this size; see *Image sizes* in
-    docs/bundle.md."""
+    docs/bundle.md.
+
+    Raises:
+        InputError: it would be beyond the most pixels that a photo may have.
+    """
     sizes = []
     for step in steps:
         size, area = (width, height), width * height
@@ -86,6 +90,12 @@ def resized_sizes(width: int, height: int, steps: Sequence[Resize]) -> list[tupl
             made = _sides(size, step, math.floor, math.sqrt(area / step.max_area))
         elif step.min_area is not None and made[0] * made[1] < step.min_area:
             made = _sides(size, step, math.ceil, 1.0, math.sqrt(step.min_area / area))
+        if made[0] * made[1] > MAX_PIXELS:
+            raise InputError(
+                f"A photo of {width}x{height} pixels would be brought to {made[0]}x{made[1]}",
+                f"Expected at most {MAX_PIXELS} pixels",
+                "Give a photo of another shape; if it is an ordinary one, the bundle is damaged",
+            )
         width, height = made
         sizes.append(made)
     return sizes
