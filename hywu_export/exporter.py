@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hywu_runtime.errors import CheckpointError, InputError
-from hywu_runtime.manifest import Guidance, Licence, Manifest, Results, Sampler, Schedules, Tokenizer
+from hywu_runtime.manifest import (
+    Guidance,
+    Licence,
+    Manifest,
+    Results,
+    Sampler,
+    Schedules,
+    Strength,
+    Tokenizer,
+)
 
 if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
@@ -154,6 +163,7 @@ class _Job:
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
+        self._check_start()
         self.tokenizers = {
             name: (encoding, *_open_tokenizer(encoding.folder))
             for name, encoding in self.plan.tokenizers.items()
@@ -245,6 +255,17 @@ class _Job:
         trained = None if self.generator is None else self.generator.defaults.steps
         return asked or min(max(trained or self.plan.steps or DEFAULT_STEPS, low), high)
 
+    def _check_start(self) -> None:
+        """Whether the default sampler can do what the pipeline does by default: start midway."""
+        strength = self.plan.strength
+        if strength is None or strength == 1 or next(iter(self.tables.values())).order is not None:
+            return
+        raise InputError(
+            f"The sampler {next(iter(self.tables))} cannot start midway, as a strength of {strength} asks",
+            "Its steps build on earlier ones",
+            "Name it after one that can: the first is the default",
+        )
+
     def _add_tokenizers(self, writer: BundleWriter) -> dict[str, Tokenizer]:
         texts = [tensor for tensor in self.plan.tensors.values() if tensor.source == "text"]
         lengths = {text.tokenizer: text.shape[1] for text in texts}
@@ -254,7 +275,13 @@ class _Job:
             if all(entry.file != path for entry in entries.values()):
                 writer.add_file(path, file)
             entries[name] = Tokenizer(
-                path, int(lengths[name]), pad_id, encoding.pad_side, encoding.truncate, encoding.template
+                path,
+                int(lengths[name]),
+                pad_id,
+                encoding.pad_side,
+                encoding.truncate,
+                template=encoding.template,
+                lowercase=encoding.lowercase,
             )
         return entries
 
@@ -265,10 +292,11 @@ class _Job:
             write_schedules(Path(folder) / SCHEDULE_FILE, self.tables)
             writer.add_file(SCHEDULE_FILE, Path(folder) / SCHEDULE_FILE)
         samplers = {
-            name: Sampler(table.class_name, table.step_range(), table.stochastic)
+            name: Sampler(table.class_name, table.step_range(), table.stochastic, table.order)
             for name, table in self.tables.items()
         }
-        return Schedules(SCHEDULE_FILE, next(iter(self.tables)), self.default_steps, samplers)
+        strength = None if self.plan.strength is None else Strength(self.plan.strength)
+        return Schedules(SCHEDULE_FILE, next(iter(self.tables)), self.default_steps, samplers, strength)
 
 
 def make_plan(

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     "--out", metavar="FILE", help="The picture, PNG, JPEG or WebP.  [default: PHOTO's name with -edited.png]"
 )
 @click.option("--steps", type=int, metavar="N", help="Steps of the scheduler.  [default: the bundle's]")
+@click.option(
+    "--strength",
+    type=float,
+    metavar="X",
+    help="Part of the steps to run, from the photo on.  [default: the bundle's]",
+)
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the noise.")
 @click.option(
     "--delta-strength",
@@ -58,11 +64,11 @@ if TYPE_CHECKING:
 @source_option
 @json_option
 def edit(
-    bundle: str, photo: str, prompt: str, out: str | None, steps: int | None, seed: int,
-    delta_strength: float, guidance: float | None, image_guidance: float | None, negative_prompt: str,
-    size: str | None, scheduler: str | None, deltas_file: str | None, save_deltas: str | None, backend: str,
-    variant: str | None, engine: str | None, threads: int | None, low_memory: bool,
-    sources: dict[str, str], as_json: bool,
+    bundle: str, photo: str, prompt: str, out: str | None, steps: int | None,
+    strength: float | None, seed: int, delta_strength: float, guidance: float | None,
+    image_guidance: float | None, negative_prompt: str, size: str | None, scheduler: str | None,
+    deltas_file: str | None, save_deltas: str | None, backend: str, variant: str | None, engine: str | None,
+    threads: int | None, low_memory: bool, sources: dict[str, str], as_json: bool,
 ) -> None:  # fmt: skip
     """Edit PHOTO as PROMPT says.
 
@@ -103,9 +109,9 @@ def edit(
         if save_deltas is not None:
             deltas = editor.generate(photo, prompt, size=size)
         picture = editor.edit(
-            photo, prompt, negative_prompt=negative_prompt, steps=steps, seed=seed, guidance=guidance,
-            image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas, sampler=scheduler,
-            size=size, output="array",
+            photo, prompt, negative_prompt=negative_prompt, steps=steps, strength=strength, seed=seed,
+            guidance=guidance, image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas,
+            sampler=scheduler, size=size, output="array",
             progress=lambda done, total: show(f"step {done} of {total}", done, total),
         )  # fmt: skip
         assert isinstance(picture, np.ndarray)  # as `output` asks

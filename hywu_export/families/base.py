@@ -47,6 +47,7 @@ class TextEncoding:
     template: str = "{}"
     pad_side: Literal["left", "right"] = "right"
     truncate: bool = True
+    lowercase: bool = False
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Plan:
         state, guidance, image: as in the manifest.
         result: the tensor that holds the edited image, if any.
         tokenizers: what text tensors are encoded with, by the name that these give.
+        strength: the part of the steps that runs by default, where an edit starts from the photo; the
+            family's schedules then have a ``start``.
         steps: the pipeline's own default, if the sampler takes it.
     """
 
@@ -73,6 +76,7 @@ class Plan:
     image: ImagePolicy | None = None
     result: str | None = None
     tokenizers: dict[str, TextEncoding] = field(default_factory=dict)
+    strength: float | None = None
     steps: int | None = None
 
     def add(self, part: Plan) -> None:
@@ -104,6 +108,7 @@ class ReferenceEdit:
         latents: standard normal, float32 ``[1, C, h, w]``.
         seed: of the ``torch.Generator`` that the scheduler draws its noise from, in the shape of ``latents``.
         guidance: scale by name.
+        strength: the part of the steps that runs; None for a family whose edits start from noise.
         text_length: tokens of the prompt; None is the pipeline's own choice.
         negative_prompt: what guidance leads away from.
         more_photos: those after the first, for a pipeline that takes several.
@@ -116,6 +121,7 @@ class ReferenceEdit:
     latents: npt.NDArray[np.float32]
     seed: int
     guidance: Mapping[str, float]
+    strength: float | None = None
     text_length: int | None = None
     negative_prompt: str = ""
     more_photos: tuple[npt.NDArray[np.uint8], ...] = ()

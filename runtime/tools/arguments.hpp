@@ -123,6 +123,15 @@ public:
         }
         return value;
     }
+    // A number above 0 and at most 1.
+    std::optional<double> part(const std::string& name) const {
+        const std::optional<double> value = number(name);
+        if (value && !(*value > 0 && *value <= 1)) {
+            throw bad_argument(name + " is \"" + *text(name) + "\"",
+                               "Expected a number above 0 and at most 1", "Correct it");
+        }
+        return value;
+    }
     // WIDTHxHEIGHT, or one number for a square.
     std::optional<std::pair<std::int32_t, std::int32_t>> size(const std::string& name) const {
         const std::optional<std::string> given = text(name);

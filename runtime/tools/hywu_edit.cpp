@@ -22,6 +22,7 @@ namespace fs = std::filesystem;
 const std::vector<Option> options = {
     {"--out", "FILE", "The picture, PNG or JPEG.  [default: PHOTO's name with -edited.png]"},
     {"--steps", "N", "Steps of the scheduler.  [default: the bundle's]"},
+    {"--strength", "X", "Part of the steps to run, from the photo on.  [default: the bundle's]"},
     {"--seed", "N", "Seed of the noise.  [default: 0]"},
     {"--delta-strength", "X", "Strength of the deltas; 0 is the base model.  [default: 1.0]"},
     {"--guidance", "X", "Guidance by the prompt.  [default: the bundle's]"},
@@ -119,6 +120,7 @@ int edit(int count, char** values) {
     hywu::EditOptions request;
     request.seed = arguments.unsigned_integer("--seed").value_or(0);
     request.steps = static_cast<std::int32_t>(arguments.integer("--steps", 1, 1 << 30).value_or(0));
+    request.strength = arguments.part("--strength").value_or(0);
     if (const auto x = arguments.number("--delta-strength")) request.delta_strength = {*x};
     if (const auto x = arguments.number("--guidance")) request.guidance["text"] = {*x};
     if (const auto x = arguments.number("--image-guidance")) request.guidance["image"] = {*x};

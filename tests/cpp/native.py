@@ -65,7 +65,7 @@ class EditParams(ctypes.Structure):
         ("width", _I32), ("height", _I32), ("reserved", _I32),
         ("noise", ctypes.POINTER(Tensor)), ("latents", ctypes.POINTER(Tensor)),
         ("inputs", ctypes.POINTER(Tensor)), ("input_count", _SZ),
-        ("progress", Progress), ("progress_user", _P), ("cancel", _P),
+        ("progress", Progress), ("progress_user", _P), ("cancel", _P), ("strength", ctypes.c_double),
     ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ class Limits(ctypes.Structure):
         ("size_multiple", _I32), ("size_min", _I32), ("size_max", _I32),
         ("size_default_area", ctypes.c_int64),
         ("rank", _I32), ("edits", _I32), ("generates", _I32), ("default_steps", _I32),
-        ("sampler_count", _SZ), ("guidance_count", _SZ),
+        ("sampler_count", _SZ), ("guidance_count", _SZ), ("default_strength", ctypes.c_double),
     ]  # fmt: skip
 
 
@@ -280,6 +280,7 @@ class Editor(Handle):
         *,
         negative_prompt: Sequence[str] | None = None,
         steps: int = 0,
+        strength: float = 0.0,
         seed: int | Sequence[int] = 0,
         guidance: Mapping[str, float | Sequence[float]] | None = None,
         delta_strength: float | Sequence[float] = 1.0,
@@ -318,6 +319,7 @@ class Editor(Handle):
             params.delta_strengths = (ctypes.c_double * len(delta_strength))(*delta_strength)
         params.deltas, params.delta_count = (_P * len(deltas))(*[d.pointer for d in deltas]), len(deltas)
         params.sampler, params.steps = None if sampler is None else sampler.encode(), steps
+        params.strength = strength
         params.width, params.height = size
         keep = [(name, np.ascontiguousarray(a)) for name, a in (inputs or {}).items()]
         params.inputs, params.input_count = tensor_list(keep), len(keep)

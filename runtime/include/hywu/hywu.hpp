@@ -367,6 +367,7 @@ struct Sample {
     Pixels photo;
     std::string prompt;
     std::string negative_prompt = {};
+    std::vector<Pixels> more_photos = {};  // after the first, for a bundle that takes several
 };
 
 // What hywu_edit_params says beside the samples. Vectors have one entry for all samples, or one for each;
@@ -379,6 +380,7 @@ struct EditOptions {
     std::vector<const Deltas*> deltas;
     std::string sampler;
     std::int32_t steps = 0, width = 0, height = 0;
+    double strength = 0;  // 0: the bundle's default
     std::optional<Tensor> noise, latents;
     std::vector<Tensor> inputs;
     // Evaluations done, and in all. What it throws comes out of the call.
@@ -594,6 +596,11 @@ private:
             const std::size_t count = samples.size();
             for (const Sample& sample : samples) {
                 photos_.push_back(sample.photo);
+                photos_.insert(photos_.end(), sample.more_photos.begin(), sample.more_photos.end());
+                if (sample.more_photos.size() != samples.begin()->more_photos.size()) {
+                    refused = Error(Status::input, "The samples have different numbers of photos",
+                                    "Expected as many for each", "Give as many as the bundle takes");
+                }
                 photo_given_ |= sample.photo.data != nullptr;
                 prompts_.push_back(sample.prompt.data());
                 lengths_.push_back(sample.prompt.size());
@@ -602,6 +609,7 @@ private:
             }
             params.count = count;
             if (photo_given_) params.photos = photos_.data();
+            if (count != 0) params.photo_count = photos_.size() / count;
             params.prompts = detail::pointer(prompts_);
             params.prompt_lengths = detail::pointer(lengths_);
             params.negative_prompts = detail::pointer(negatives_);
@@ -628,6 +636,7 @@ private:
             params.delta_count = deltas_.size();
             params.sampler = options.sampler.empty() ? nullptr : options.sampler.c_str();
             params.steps = options.steps;
+            params.strength = options.strength;
             params.width = options.width;
             params.height = options.height;
             if (options.noise) params.noise = &(noise_ = options.noise->view());

@@ -42,7 +42,8 @@ class Limits:
     """What an editor accepts.
 
     ``steps``: sampler to its step counts. ``guidance``: scale to its default. ``rank``: the largest rank of
-    deltas, 0 without deltas. ``photos``: how many each request has.
+    deltas, 0 without deltas. ``default_strength``: None where every edit starts from noise.
+    ``photos``: how many each request has.
     """
 
     batch: tuple[int, int]
@@ -54,6 +55,7 @@ class Limits:
     rank: int
     edits: bool
     generates: bool
+    default_strength: float | None = None
     photos: int = 1
 
 
@@ -180,6 +182,7 @@ class Editor:
             rank=m.deltas.rank if m.deltas is not None else 0,
             edits=m.results.image is not None,
             generates=bool(m.results.deltas),
+            default_strength=m.schedules.strength.default if m.schedules and m.schedules.strength else None,
             photos=self._photos,
         )
 
@@ -190,6 +193,7 @@ class Editor:
         *,
         negative_prompt: str = "",
         steps: int | None = None,
+        strength: float | None = None,
         seed: int = 0,
         guidance: float | Mapping[str, float] | None = None,
         image_guidance: float | None = None,
@@ -210,10 +214,10 @@ class Editor:
             a PIL image, or with ``output="array"`` uint8 ``[H, W, 3]``.
         """
         return self.edit_batch(
-            [(photo, prompt)], negative_prompt=negative_prompt, steps=steps, seed=seed, guidance=guidance,
-            image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas, sampler=sampler,
-            size=size, noise=noise, latents=latents, inputs=inputs, output=output, progress=progress,
-            cancel=cancel,
+            [(photo, prompt)], negative_prompt=negative_prompt, steps=steps, strength=strength, seed=seed,
+            guidance=guidance, image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas,
+            sampler=sampler, size=size, noise=noise, latents=latents, inputs=inputs, output=output,
+            progress=progress, cancel=cancel,
         )[0]  # fmt: skip
 
     def edit_batch(
@@ -222,6 +226,7 @@ class Editor:
         *,
         negative_prompt: str | Sequence[str] = "",
         steps: int | None = None,
+        strength: float | None = None,
         seed: int | Sequence[int] = 0,
         guidance: Scale | Mapping[str, Scale] | None = None,
         image_guidance: Scale | None = None,
@@ -246,6 +251,8 @@ class Editor:
                 to ``size``; of several photos, this is the size of the one whose size the picture has.
             negative_prompt: what guidance leads away from.
             steps: step count; None is the bundle's default.
+            strength: of a bundle that starts from the photo: the part of the steps that runs, above 0 and
+                at most 1, where nothing of the photo is kept; None is the bundle's default.
             seed: 0 to 2**64 - 1. One seed gives each sample noise of its own; from a sequence, sample i is
                 what ``seed[i]`` alone gives.
             guidance: the scale named ``text``, or a mapping of names to scales; None is the bundle's
@@ -288,10 +295,12 @@ class Editor:
         guided = is_guided(self._manifest.guidance, samples.scales)
         plan = make_plan(self._manifest, [image], frozenset(given), guided)
         given |= self._absent(plan, samples)
-        rows = self._schedule.rows(sampler, steps) if self._schedule is not None else None
-        if rows is None and not (steps is None and sampler is None):
+        rows = self._schedule.rows(sampler, steps, strength) if self._schedule is not None else None
+        if rows is None and not (steps is None and sampler is None and strength is None):
             raise InputError(
-                "This bundle has no schedule", "Expected neither `steps` nor `sampler`", "Leave them out"
+                "This bundle has no schedule",
+                "Expected neither `steps` nor `sampler` nor `strength`",
+                "Leave them out",
             )
         generated = tuple(
             name for name in self._manifest.results.deltas if deltas is None and name not in given
@@ -631,6 +640,14 @@ class Editor:
             return np.array(samples.strengths, np.float32)
         if tensor.column == "initial_scale" and rows is not None:
             return np.asarray(rows.initial_scale)
+        if tensor.column == "start" and rows is not None and rows.start is not None:
+            if rows.start.shape != tensor.shape:
+                raise BundleError(
+                    f"The schedule starts with {len(rows.start)} coefficients",
+                    f"Expected {list(tensor.shape)}, as tensor {show(name)}",
+                    "Export the bundle again",
+                )
+            return rows.start
         raise InputError(
             f"The tensor {show(name)} is missing",
             "This bundle takes it from the caller",

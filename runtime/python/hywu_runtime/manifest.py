@@ -141,7 +141,7 @@ class ProvidedTensor:
     tokenizer: Name | None = None
     of: Name | None = None
     draw: Literal["initial", "step"] | None = None
-    column: Literal["initial_scale", "timesteps", "coefficients"] | None = None
+    column: Literal["initial_scale", "timesteps", "coefficients", "start"] | None = None
     guidance: Name | None = None
     index: Count | None = None
     origin: Name | None = field(default=None, metadata={"key": "from"})
@@ -221,13 +221,24 @@ class State:
 
 @dataclass(frozen=True)
 class Sampler:
-    """One table of the schedule file. ``steps`` are the smallest and the largest step count."""
+    """One table of the schedule file. ``steps`` are the smallest and the largest step count.
+
+    ``order`` is the number of evaluations that a step of the sampler stands for, where it may start midway.
+    """
 
     class_name: Name = field(metadata={"key": "class"})
     steps: Annotated[
         tuple[Size, ...], Rule("two integers, smallest first", lambda s: len(s) == 2 and s[0] <= s[1])
     ]
     stochastic: bool = False
+    order: Size | None = None
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much of the schedule a request runs that starts midway, from its photo: 1 is all of it."""
+
+    default: Annotated[float, Rule("a number above 0 and at most 1", lambda s: 0 < s <= 1)]
 
 
 @dataclass(frozen=True)
@@ -238,6 +249,7 @@ class Schedules:
     default: Name
     default_steps: Size
     samplers: Mapping[Name, Sampler]
+    strength: Strength | None = None
 
 
 @dataclass(frozen=True)
@@ -332,6 +344,7 @@ class Tokenizer:
     pad_side: Literal["left", "right"] = "right"
     truncate: bool = True
     template: Template = "{}"
+    lowercase: bool = False
 
 
 @dataclass(frozen=True)

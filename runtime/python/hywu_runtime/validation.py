@@ -164,6 +164,17 @@ def _schedules(m: Manifest) -> None:
             f"is {m.schedules.default_steps}",
             f"{low} to {high}, as the sampler takes",
         )
+    strength = m.schedules.strength
+    if (
+        strength is not None
+        and strength.default < 1
+        and m.schedules.samplers[m.schedules.default].order is None
+    ):
+        raise malformed(
+            "schedules.strength.default",
+            f"is {strength.default}, but the default sampler has no `order`",
+            "1, or a sampler that may start midway",
+        )
 
 
 def _deltas(m: Manifest) -> None:
@@ -243,10 +254,13 @@ def _source(m: Manifest, where: str, tensor: ProvidedTensor, scales: set[str]) -
     elif tensor.source == "schedule":
         if m.schedules is None:
             raise malformed(where, "reads the schedule, but there is no `schedules`", "a `schedules` section")
-        _fixed(where, tensor, floats, None if tensor.column == "coefficients" else ())
-        if tensor.column == "coefficients" and (
-            len(tensor.shape) != 1 or not isinstance(tensor.shape[0], int)
-        ):
+        if tensor.column == "start" and m.schedules.strength is None:
+            raise malformed(
+                where, "reads where a request starts, but there is no `schedules.strength`", "`strength`"
+            )
+        row = tensor.column in ("coefficients", "start")
+        _fixed(where, tensor, floats, None if row else ())
+        if row and (len(tensor.shape) != 1 or not isinstance(tensor.shape[0], int)):
             raise malformed(f"{where}.shape", f"is {list(tensor.shape)}", "[K], an integer")
     elif tensor.source == "guidance":
         _known(f"{where}.guidance", tensor.guidance or "", scales, "a guidance scale")

@@ -60,6 +60,11 @@ struct RangeRule {
     static bool test(std::int64_t number) { return low <= number && number <= high; }
 };
 
+struct PartRule {
+    static std::string what() { return "a number above 0 and at most 1"; }
+    static bool test(double number) { return 0 < number && number <= 1; }
+};
+
 struct TokenIdRule {
     static std::string what() { return "a token id"; }
     static bool test(std::int64_t number) { return 0 <= number && number <= max_dimension; }
@@ -130,6 +135,7 @@ using FilePath = Narrowed<Text, PathRule>;
 using Digest = Narrowed<Text, DigestRule>;
 using Count = Narrowed<Integer, CountRule>;
 using Size = Narrowed<Integer, RangeRule<1, max_dimension>>;
+using Part = Narrowed<Number, PartRule>;
 using Length = Narrowed<Integer, RangeRule<1, 1048576>>;
 using TokenId = Narrowed<Integer, TokenIdRule>;
 using Template = Narrowed<Text, TemplateRule>;
@@ -212,9 +218,10 @@ struct DrawWords {
 };
 struct ColumnWords {
     using type = Column;
-    static constexpr std::array<WordPair<Column>, 3> all = {{{"initial_scale", Column::initial_scale},
+    static constexpr std::array<WordPair<Column>, 4> all = {{{"initial_scale", Column::initial_scale},
                                                              {"timesteps", Column::timesteps},
-                                                             {"coefficients", Column::coefficients}}};
+                                                             {"coefficients", Column::coefficients},
+                                                             {"start", Column::start}}};
 };
 struct FilterWords {
     using type = Filter;
@@ -363,6 +370,12 @@ static void fields(Visitor& visit, Sampler& value) {
     visit(Name{}, "class", value.class_name);
     visit(Sizes<2, StepsRule>{}, "steps", value.steps);
     visit.optional(Boolean{}, "stochastic", value.stochastic);
+    visit.optional(Nullable<Size>{}, "order", value.order);
+}
+
+template <class Visitor>
+static void fields(Visitor& visit, Strength& value) {
+    visit(Part{}, "default", value.default_strength);
 }
 
 template <class Visitor>
@@ -371,6 +384,7 @@ static void fields(Visitor& visit, Schedules& value) {
     visit(Name{}, "default", value.default_sampler);
     visit(Size{}, "default_steps", value.default_steps);
     visit(Table<Name, Record<Sampler>>{}, "samplers", value.samplers);
+    visit.optional(Nullable<Record<Strength>>{}, "strength", value.strength);
 }
 
 template <class Visitor>
@@ -418,6 +432,7 @@ static void fields(Visitor& visit, Tokenizer& value) {
     visit.optional(Word<SideWords>{}, "pad_side", value.pad_side);
     visit.optional(Boolean{}, "truncate", value.truncate);
     visit.optional(Template{}, "template", value.text_template);
+    visit.optional(Boolean{}, "lowercase", value.lowercase);
 }
 
 template <class Visitor>

@@ -60,7 +60,7 @@ struct Axis {
 
 enum class TensorSource { image, text, mask, noise, schedule, guidance, gate, input };
 enum class Draw { initial, step };
-enum class Column { initial_scale, timesteps, coefficients };
+enum class Column { initial_scale, timesteps, coefficients, start };
 enum class Phase { load, request, step, final };
 enum class TargetKind { linear, conv };
 enum class PadSide { left, right };
@@ -153,11 +153,18 @@ struct State {
     std::variant<std::string, Zeros> initial;
 };
 
-// One table of the schedule file. `steps` are the smallest and the largest step count.
+// One table of the schedule file. `steps` are the smallest and the largest step count, `order` the number of
+// evaluations that a step stands for, where the sampler may start midway.
 struct Sampler {
     std::string class_name;
     std::array<std::int64_t, 2> steps = {1, 1};
     bool stochastic = false;
+    std::optional<std::int64_t> order;
+};
+
+// How much of the schedule a request runs that starts midway, from its photo: 1 is all of it.
+struct Strength {
+    double default_strength = 1;
 };
 
 // The schedule file and its samplers.
@@ -165,6 +172,7 @@ struct Schedules {
     std::string file, default_sampler;
     std::int64_t default_steps = 1;
     Ordered<Sampler> samplers;
+    std::optional<Strength> strength;
 };
 
 // A guidance scale; a request is guided only if it is above `above`, or at least `at_least`.
@@ -224,6 +232,7 @@ struct Tokenizer {
     PadSide pad_side = PadSide::right;
     bool truncate = true;
     std::string text_template = "{}";  // a text stands in the place of `{}`
+    bool lowercase = false;            // texts are stripped and lowercased before
 };
 
 // A checkpoint file that linked weights point into.

@@ -251,6 +251,13 @@ void Validator::schedules() const {
         throw malformed("schedules.default_steps", "is " + std::to_string(m_.schedules->default_steps),
                         std::to_string(low) + " to " + std::to_string(high) + ", as the sampler takes");
     }
+    const std::optional<Strength>& strength = m_.schedules->strength;
+    if (strength && strength->default_strength < 1 &&
+        !m_.schedules->samplers.at(m_.schedules->default_sampler).order) {
+        throw malformed("schedules.strength.default",
+                        "is " + repr(strength->default_strength) + ", but the default sampler has no `order`",
+                        "1, or a sampler that may start midway");
+    }
 }
 
 void Validator::deltas() const {
@@ -428,7 +435,11 @@ void Validator::source(const std::string& where, const ProvidedTensor& tensor) c
                 throw malformed(where, "reads the schedule, but there is no `schedules`",
                                 "a `schedules` section");
             }
-            if (tensor.column != Column::coefficients) {
+            if (tensor.column == Column::start && !m_.schedules->strength) {
+                throw malformed(where, "reads where a request starts, but there is no `schedules.strength`",
+                                "`strength`");
+            }
+            if (tensor.column != Column::coefficients && tensor.column != Column::start) {
                 fixed(floats, Dims{});
                 break;
             }

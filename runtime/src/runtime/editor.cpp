@@ -268,6 +268,7 @@ void Editor::set_limits() {
             if (name != section.default_sampler) limits_.steps.emplace_back(name, schedule_->accepted(name));
         }
         limits_.default_steps = section.default_steps;
+        if (section.strength) limits_.default_strength = section.strength->default_strength;
     }
     for (const core::Guidance& guidance : manifest_.guidance) {
         limits_.guidance.emplace_back(guidance.name, guidance.default_scale);
@@ -321,10 +322,10 @@ void Editor::edit(const EditOptions& options, const Place& place) {
 
     std::optional<core::Rows> rows;
     if (schedule_) {
-        rows = schedule_->rows(options.sampler, options.steps);
-    } else if (options.sampler || options.steps) {
-        throw Error(ErrorKind::input, "This bundle has no schedule", "Expected neither `steps` nor `sampler`",
-                    "Leave them out");
+        rows = schedule_->rows(options.sampler, options.steps, options.strength);
+    } else if (options.sampler || options.steps || options.strength) {
+        throw Error(ErrorKind::input, "This bundle has no schedule",
+                    "Expected neither `steps` nor `sampler` nor `strength`", "Leave them out");
     }
     std::vector<std::string> generated;
     for (const std::string& name : manifest_.results.deltas) {
@@ -518,6 +519,7 @@ Editor::Samples Editor::samples(std::size_t count, const std::vector<Photo>& pho
             if (photo.data == nullptr) continue;  // missing; this is noticed if the bundle needs it
             std::vector<Array>& made = result.pictures.at(name);
             if (!tensor->resize.empty()) {
+                if (!tensor->origin) working_size(photo.width, photo.height, {}, {});  // that there are pixels
                 const Array start = tensor->origin ? result.pictures.at(*tensor->origin).back() : whole(photo);
                 auto& sizes = fitted[name];
                 if (sizes.empty()) {
@@ -745,6 +747,16 @@ Array Editor::value(const std::string& name, const Samples& batch,
         case core::TensorSource::schedule:
             if (tensor.column == core::Column::initial_scale && rows) {
                 return Array(Dtype::float32, {}, &rows->initial_scale);
+            }
+            if (tensor.column == core::Column::start && rows && !rows->start.empty()) {
+                const auto width = static_cast<std::int64_t>(rows->start.size());
+                if (tensor.shape[0].size != width) {
+                    throw Error(ErrorKind::bundle,
+                                "The schedule starts with " + std::to_string(width) + " coefficients",
+                                "Expected " + shape_text(tensor.shape) + ", as tensor " + show(name),
+                                "Export the bundle again");
+                }
+                return Array(Dtype::float32, {width}, rows->start.data());
             }
             break;
         case core::TensorSource::noise:

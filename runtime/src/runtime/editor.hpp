@@ -50,6 +50,7 @@ struct EditOptions {
         deltas;  // none: generate; one set for all or for the batch; or one for each sample
     std::optional<std::string> sampler;
     std::optional<std::int64_t> steps;
+    std::optional<double> strength;  // the part of the steps to run, where edits start from the photo
     std::optional<Size> size;
     std::optional<View> noise, latents;  // floats [evaluations, batch, …]; [batch, …]
     NamedViews inputs;
@@ -72,6 +73,7 @@ struct Limits {
     std::optional<core::ImagePolicy> size;
     std::vector<std::pair<std::string, std::vector<std::int64_t>>> steps;  // by sampler, the default first
     std::int64_t default_steps = 0;                                        // 0: no schedule
+    double default_strength = 0;                                           // 0: edits start from noise
     std::vector<std::pair<std::string, double>> guidance;
     std::int64_t rank = 0;
     std::size_t photos = 1;
