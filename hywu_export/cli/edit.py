@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 @click.argument("photo")
 @click.argument("prompt")
 @click.option(
+    "--photo",
+    "more",
+    metavar="FILE",
+    multiple=True,
+    help="Another photo, for a bundle that takes several; repeat for more. The last gives the size.",
+)
+@click.option(
     "--out", metavar="FILE", help="The picture, PNG, JPEG or WebP.  [default: PHOTO's name with -edited.png]"
 )
 @click.option("--steps", type=int, metavar="N", help="Steps of the scheduler.  [default: the bundle's]")
@@ -64,7 +71,7 @@ if TYPE_CHECKING:
 @source_option
 @json_option
 def edit(
-    bundle: str, photo: str, prompt: str, out: str | None, steps: int | None,
+    bundle: str, photo: str, prompt: str, more: tuple[str, ...], out: str | None, steps: int | None,
     strength: float | None, seed: int, delta_strength: float, guidance: float | None,
     image_guidance: float | None, negative_prompt: str, size: str | None, scheduler: str | None,
     deltas_file: str | None, save_deltas: str | None, backend: str, variant: str | None, engine: str | None,
@@ -83,7 +90,8 @@ def edit(
     start = time.perf_counter()
     target = Path(out) if out is not None else Path(f"{Path(photo).stem}-edited.png")
     check_suffix(target)
-    inputs = [Path(photo), *([Path(deltas_file)] if deltas_file is not None else [])]
+    photos = [photo, *more]
+    inputs = [*map(Path, photos), *([Path(deltas_file)] if deltas_file is not None else [])]
     check_output(target, *inputs)
     if save_deltas is not None:
         if deltas_file is not None:
@@ -107,9 +115,9 @@ def edit(
         progress_bar() as show,
     ):
         if save_deltas is not None:
-            deltas = editor.generate(photo, prompt, size=size)
+            deltas = editor.generate(photos, prompt, size=size)
         picture = editor.edit(
-            photo, prompt, negative_prompt=negative_prompt, steps=steps, strength=strength, seed=seed,
+            photos, prompt, negative_prompt=negative_prompt, steps=steps, strength=strength, seed=seed,
             guidance=guidance, image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas,
             sampler=scheduler, size=size, output="array",
             progress=lambda done, total: show(f"step {done} of {total}", done, total),

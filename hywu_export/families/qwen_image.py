@@ -46,7 +46,7 @@ class ImageEncoder(nn.Module):
     def _latents(self, image: Tensor) -> Tensor:
         frame = from_pixels(image).unsqueeze(2)
         moments = self.vae.quant_conv(self.vae.encoder(frame)).squeeze(2)
-        mean, _ = moments.chunk(2, 1)
+        mean: Tensor = moments.chunk(2, 1)[0]
         return (mean - _channels(self.vae.config.latents_mean)) / _channels(self.vae.config.latents_std)
 
 
@@ -133,7 +133,7 @@ class Step(nn.Module):
         if not self.guided:
             return made
         # Not chunk(2): it would freeze the batch.
-        with_prompt, without = made.unflatten(0, (2, -1)).unbind(0)
+        with_prompt, without = made.reshape(2, -1, *made.shape[1:]).unbind(0)
         combined = without + prompts[-1][:, None, None] * (with_prompt - without)
         return combined * (_length(with_prompt, -1) / _length(combined, -1))
 
@@ -180,7 +180,7 @@ def denoise(
             modulate_index=index,
         )
     if model.config.zero_cond_t:
-        embedded = embedded.unflatten(0, (2, -1)).unbind(0)[0]
+        embedded = embedded.reshape(2, -1, embedded.shape[-1]).unbind(0)[0]
     result: Tensor = model.proj_out(model.norm_out(hidden, embedded))
     return result
 
@@ -196,12 +196,10 @@ def rotary_embedding(
     ]
     angles, furthest = [], []
     for number, (rows, columns) in enumerate(shapes):
-        place = (
-            torch.full((1, 1), float(number)),
-            (torch.arange(rows) - (rows - rows // 2)).to(torch.float32).unsqueeze(1),
-            (torch.arange(columns) - (columns - columns // 2)).to(torch.float32).unsqueeze(0),
-        )
-        grid = torch.broadcast_tensors(*place)
+        row = (torch.arange(rows) - (rows - rows // 2)).to(torch.float32)
+        column = (torch.arange(columns) - (columns - columns // 2)).to(torch.float32)
+        down, across = row.unsqueeze(1).expand(-1, columns), column.unsqueeze(0).expand(rows, -1)
+        grid = (torch.full_like(down, number), down, across)
         turned = [axis.unsqueeze(-1) * frequency for axis, frequency in zip(grid, frequencies)]
         angles.append(torch.cat(turned, -1).flatten(0, 1))
         furthest += [torch.full((), size // 2, dtype=torch.float32) for size in (rows, columns)]
@@ -215,7 +213,7 @@ def rotary_embedding(
 def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """``[B, tokens, heads, head]``, by pairs of neighbours."""
     cos, sin = rotary
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    real, imaginary = x.reshape(*x.shape[:3], -1, 2).unbind(-1)
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(3)
 
 
@@ -234,7 +232,7 @@ class JointAttention:
         head = attn.inner_dim // attn.heads
 
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, head))
+            return x.reshape(*x.shape[:2], -1, head)
 
         image, text = hidden_states, encoder_hidden_states
         image_rotary, text_rotary = image_rotary_emb
@@ -257,7 +255,8 @@ class JointAttention:
         mask = torch.cat([encoder_hidden_states_mask, everything], 1).unsqueeze(1).unsqueeze(1)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         made = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        text_made, image_made = made.transpose(1, 2).flatten(2).split([text.shape[1], image.shape[1]], 1)
+        made = made.transpose(1, 2).flatten(2)
+        text_made, image_made = torch.split(made, [text.shape[1], image.shape[1]], 1)
         return attn.to_out[0](image_made), attn.to_add_out(text_made)
 
 
@@ -275,7 +274,7 @@ def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(-1, channels, height * 2, width * 2)
 
 
-def make_transformer(config: Mapping[str, Any]) -> nn.Module:
+def make_transformer(config: Mapping[str, Any]) -> QwenImageTransformer2DModel:
     """The transformer of a ``config.json``, without data.
 
     Raises:
@@ -293,20 +292,19 @@ def make_transformer(config: Mapping[str, Any]) -> nn.Module:
                 "Export a pipeline without it",
             )
 
-    def make() -> nn.Module:
+    def make() -> QwenImageTransformer2DModel:
         model = QwenImageTransformer2DModel.from_config(dict(config))
         for block in model.transformer_blocks:
             block.attn.set_processor(JointAttention())
         return model
 
-    module: nn.Module = fake_module(make)
-    return module
+    return fake_module(make)
 
 
-def make_vae(config: Mapping[str, Any]) -> nn.Module:
+def make_vae(config: Mapping[str, Any]) -> AutoencoderKLQwenImage:
     """The VAE of a ``config.json``, without data, for single frames."""
 
-    def make() -> nn.Module:
+    def make() -> AutoencoderKLQwenImage:
         vae = AutoencoderKLQwenImage.from_config(dict(config))
         for module in vae.modules():
             if isinstance(module, QwenImageCausalConv3d):
@@ -317,14 +315,14 @@ def make_vae(config: Mapping[str, Any]) -> nn.Module:
                 module.forward = partial(_normalize, module)
         return vae
 
-    module: nn.Module = fake_module(make)
-    return module
+    return fake_module(make)
 
 
 def _normalize(module: QwenImageRMS_norm, x: Tensor) -> Tensor:
     """The norm over the channels, in operators that every backend has."""
     length = _length(x, 1).clamp(min=1e-12)
-    return x / length * module.scale * module.gamma + module.bias
+    normal: Tensor = x / length * module.scale * module.gamma + module.bias
+    return normal
 
 
 def _convolve_frame(module: QwenImageCausalConv3d, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,7 @@ class QwenImageEdit:
         latents, width = int(self._vae.config.z_dim), self._width
         config, vision = (
             self._transformer.config,
-            self._components["text_encoder"].module.config.vision_config,
+            self._text_encoder.config.vision_config,
         )
         for where, setting, found, expected, why in (
             ("transformer", "in_channels", config.in_channels, 4 * latents, "2x2 of the VAE's latents"),
@@ -106,9 +107,13 @@ class QwenImageEdit:
         return self._components["vae"].module
 
     @property
+    def _text_encoder(self) -> Any:
+        return self._components["text_encoder"].module
+
+    @property
     def _width(self) -> int:
         """Channels of the prompt's states."""
-        return int(self._components["text_encoder"].module.config.text_config.hidden_size)
+        return int(self._text_encoder.config.text_config.hidden_size)
 
     @property
     def condition_source(self) -> ConditionSource:
@@ -288,7 +293,7 @@ class _Planner:
     def _graphs(self) -> list[GraphSpec]:
         family = self.family
         latents = TensorSpec("latents", "float32", family._latents(""))
-        text_encoder = family._components["text_encoder"].module
+        text_encoder = family._text_encoder
         ids = TensorSpec("input_ids", "int64", ("batch", self.family._prompt_tokens))
         prompt = "prompt" if self.base_prompt is None else "base_prompt"
 

@@ -10,7 +10,7 @@ and the pipelines of diffusers up to 0.42 do not (diffusers issue 14194).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,22 +75,23 @@ def edit_with(
     steps: int,
     scale: float,
     latents: npt.NDArray[np.float32],
-    size: Callable[[float], tuple[int, int]] | None = None,
 ) -> list[Photo]:
     """What a pipeline makes of ``photos``, several for each sample in the Plus pipeline.
 
-    Pictures are worked on at a ``size`` (width and height by width / height) in place of the pipeline's own
-    choice: by default at that of the last photo of the first sample. ``latents``: ``[B, C, h, w]``.
+    Photos are worked on at their own size, and the result has that of the last photo of the first sample; the
+    pipeline would bring them to an area of 1024². ``latents``: ``[B, C, h, w]``.
     """
     from PIL import Image
 
-    height, width, _ = photos[0][-1].shape
     pictures = [[Image.fromarray(photo) for photo in sample] for sample in photos]
-    with _working_size(pipeline, size or (lambda ratio: (width, height))), torch.no_grad():
+    # The pipelines ask for the size of the result, then for that of each picture.
+    sizes = [picture.size for picture in (pictures[0][-1], *pictures[0])]
+    several = len(prompts) > 1
+    with _working_sizes(pipeline, sizes), torch.no_grad():
         made = pipeline(
-            image=pictures[0] if len(prompts) == 1 else [picture for (picture,) in pictures],
-            prompt=list(prompts) if len(prompts) > 1 else prompts[0],
-            negative_prompt=list(negative_prompts) if len(prompts) > 1 else negative_prompts[0],
+            image=[picture for (picture,) in pictures] if several else pictures[0],
+            prompt=list(prompts) if several else prompts[0],
+            negative_prompt=list(negative_prompts) if several else negative_prompts[0],
             true_cfg_scale=scale,
             num_inference_steps=steps,
             latents=pipeline._pack_latents(torch.from_numpy(latents), *latents.shape),
@@ -99,13 +100,14 @@ def edit_with(
 
 
 @contextmanager
-def _working_size(pipeline: Any, size: Callable[[float], tuple[int, int]]) -> Iterator[None]:
-    """Within it, ``size`` replaces the pipeline's choice of what has the area of a working picture."""
+def _working_sizes(pipeline: Any, sizes: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Within it, ``sizes`` are what the pipeline gets where it asks for the size of a working picture."""
     module: Any = sys.modules[type(pipeline).__module__]
-    own = module.calculate_dimensions
+    own, given = module.calculate_dimensions, iter(sizes)
 
     def chosen(area: float, ratio: float) -> tuple[Any, ...]:
-        return (*size(ratio), *own(area, ratio)[2:]) if area == AREA else own(area, ratio)
+        made: tuple[Any, ...] = own(area, ratio)
+        return (*next(given), *made[2:]) if area == AREA else made
 
     module.calculate_dimensions = chosen
     try:

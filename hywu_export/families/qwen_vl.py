@@ -106,8 +106,6 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.text_encoder = text_encoder
         self.settings = settings
-        self.register_buffer("mean", torch.tensor(settings.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(settings.std), persistent=False)
 
     def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(self._tokens, images))
@@ -136,7 +134,7 @@ class VisionEncoder(nn.Module):
     def _patchify(self, image: Tensor, rows: int, columns: int) -> Tensor:
         """``[B, tokens, patches of a token, values of a patch]``."""
         s = self.settings
-        x = (image.to(torch.float32) * s.scale - self.mean) / self.std
+        x = (image.to(torch.float32) * s.scale - torch.tensor(s.mean)) / torch.tensor(s.std)
         x = x.reshape(-1, rows, s.merge, s.patch, columns, s.merge, s.patch, 3)
         x = x.permute(0, 1, 4, 2, 5, 7, 3, 6).unsqueeze(6)
         x = x.expand(*x.shape[:6], s.frames, *x.shape[7:])
@@ -178,8 +176,9 @@ class _WindowOrder:
             return grid.permute(0, 2, 1, 3).reshape(high * wide, size * size)
 
         def spread(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-            row, column = torch.broadcast_tensors(row.unsqueeze(1), column.unsqueeze(0))
-            return windows(row), windows(column)
+            across = column.unsqueeze(0).expand(row.shape[0], -1)
+            down = row.unsqueeze(1).expand(-1, column.shape[0])
+            return windows(down), windows(across)
 
         row, column = torch.arange(high * size), torch.arange(wide * size)
         last_row, last_column = torch.full((), rows - 1), torch.full((), columns - 1)
@@ -193,9 +192,7 @@ class _WindowOrder:
         self.raster = places.index_select(0, torch.arange(rows)).index_select(1, torch.arange(columns))
 
 
-def _attend(
-    attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], present: Tensor, whole: bool
-) -> Tensor:
+def _attend(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor], present: Tensor, whole: bool) -> Tensor:
     """Attention of ``[B, windows, patches, C]``, within windows or, if ``whole``, all to all."""
     batch, windows, patches, width = x.shape
     qkv = attention.qkv(x).reshape(batch, windows, patches, 3, attention.num_heads, -1)
@@ -267,7 +264,7 @@ class PromptEncoder(nn.Module):
             attention_mask={"full_attention": causal},
             use_cache=False,
         ).last_hidden_state
-        states = hidden.split([part.shape[1] for part in parts], 1)
+        states: tuple[Tensor, ...] = hidden.split([part.shape[1] for part in parts], 1)
         texts = torch.cat([states[0][:, self.drop :], *states[2::2]], 1)
         return texts, *(state.reshape(picture.shape) for state, picture in zip(states[1::2], pictures))
 
@@ -275,7 +272,8 @@ class PromptEncoder(nn.Module):
 def _grid_positions(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Positions ``[3, rows * columns]`` of a picture's tokens from 0, and how far the next text is from 0."""
     row, column = torch.arange(rows, dtype=torch.float32), torch.arange(columns, dtype=torch.float32)
-    grid = torch.broadcast_tensors(torch.zeros(()), row.unsqueeze(1), column.unsqueeze(0))
+    down, across = row.unsqueeze(1).expand(-1, columns), column.unsqueeze(0).expand(rows, -1)
+    grid = (torch.zeros_like(down), down, across)
     extent = torch.maximum(
         torch.full((), rows, dtype=torch.float32), torch.full((), columns, dtype=torch.float32)
     )
@@ -286,14 +284,14 @@ def assemble(texts: Tensor, pictures: Sequence[Tensor], lengths: Sequence[int]) 
     """The sequence ``[B, S, C]`` of what `PromptEncoder` gives apart: ``lengths`` of all texts but the last,
     in tokens."""
     rest = texts.shape[1] - sum(lengths)
-    pieces = texts.split([*lengths, rest], 1)
+    pieces = torch.split(texts, [*lengths, rest], 1)
     parts = [pieces[0]]
     for picture, text in zip(pictures, pieces[1:]):
         parts += [picture.flatten(1, 2), text]
     return torch.cat(parts, 1)
 
 
-def make_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+def make_text_encoder(config: Mapping[str, Any]) -> Qwen2_5_VLForConditionalGeneration:
     """The model of a ``config.json``, without data, and without the head that predicts tokens.
 
     Raises:
@@ -315,10 +313,9 @@ def make_text_encoder(config: Mapping[str, Any]) -> nn.Module:
             "Set use_sliding_window to false in its config.json",
         )
 
-    def make() -> nn.Module:
+    def make() -> Qwen2_5_VLForConditionalGeneration:
         model = Qwen2_5_VLForConditionalGeneration(settings)
         model.lm_head = nn.Identity()
         return model
 
-    module: nn.Module = fake_module(make)
-    return module
+    return fake_module(make)

@@ -370,7 +370,7 @@ class Editor:
             else None
         )
         gray = np.full((height, width, 3), 128, np.uint8)
-        photos = [gray] * max(1, self._photos)
+        photos = [gray] * self._photos
         self.edit_batch(
             [(photos, "")] * self._batch_limits()[0],
             steps=fewest,
@@ -454,11 +454,11 @@ class Editor:
         for request in requests:
             if request is None:
                 continue
-            photos = list(request) if isinstance(request, (list, tuple)) else [request]
-            if len(photos) != max(1, self._photos):
+            photos: list[Any] = list(request) if isinstance(request, (list, tuple)) else [request]
+            if len(photos) != self._photos:
                 raise InputError(
                     f"A request has {len(photos)} photos",
-                    f"This bundle takes {max(1, self._photos)} for each",
+                    f"This bundle takes {self._photos} for each",
                     "Give so many, as a list, or export with another number of --images",
                 )
             whole: dict[int, Pixels] = {}  # photos at their own size, where a tensor starts from them
@@ -482,7 +482,7 @@ class Editor:
     def _photos(self) -> int:
         """How many photos a request has."""
         indices = [t.index or 0 for t in self._manifest.tensors.values() if t.source == "image"]
-        return 1 + max(indices, default=-1)
+        return 1 + max(indices, default=0)
 
     def _fitted(
         self, name: str, photo: Photo, others: Sequence[Pixels], size: Size | None, batch: int

@@ -63,6 +63,13 @@ json dump(const core::Axis& value) {
     return {{"min", dump(value.min)},       {"max", dump(value.max)}, {"multiple", value.multiple},
             {"one_or", dump(value.one_or)}, {"of", dump(value.of)},   {"divide", dump(value.divide)}};
 }
+json dump(const core::Resize& value) {
+    return {{"filter", value.filter == core::Filter::lanczos ? "lanczos" : "bicubic"},
+            {"multiple", value.multiple},
+            {"area", dump(value.area)},
+            {"min_area", dump(value.min_area)},
+            {"max_area", dump(value.max_area)}};
+}
 json dump(const core::ProvidedTensor& value) {
     return {{"dtype", dump(value.dtype)},
             {"shape", dump(value.shape)},
@@ -73,7 +80,10 @@ json dump(const core::ProvidedTensor& value) {
             {"of", dump(value.of)},
             {"draw", dump(value.draw)},
             {"column", dump(value.column)},
-            {"guidance", dump(value.guidance)}};
+            {"guidance", dump(value.guidance)},
+            {"index", dump(value.index)},
+            {"origin", dump(value.origin)},
+            {"resize", dump(value.resize)}};
 }
 json dump(const core::Value& value) {
     return {{"name", value.name}, {"dtype", dump(value.dtype)}, {"shape", dump(value.shape)}};
@@ -124,7 +134,8 @@ json dump(const core::ImagePolicy& value) {
             {"min", value.min},
             {"max", value.max},
             {"default_area", value.default_area},
-            {"sizes", dump(value.sizes)}};
+            {"sizes", dump(value.sizes)},
+            {"enlarge", value.enlarge}};
 }
 json dump(const core::DeltaTarget& value) {
     return {{"module", value.module},
