@@ -57,6 +57,7 @@ class ExportOptions:
         max_batch, max_size, size: limits, and the side in pixels of the default working area.
         text_length: tokens of a prompt, where the pipeline leaves them open (its max_sequence_length).
         vae_tile: side in pixels of the VAE's tiles, if pictures may be larger.
+        images: how many pictures each request has, for a pipeline that takes several.
         link_weights: leave the weights in the checkpoints.
         stages: into how many graphs, one after another, the large ones are cut; see `hywu_export.stages`.
         overwrite: replace an existing bundle.
@@ -74,6 +75,7 @@ class ExportOptions:
     size: int | None = None
     text_length: int | None = None
     vae_tile: int | None = None
+    images: int = 1
     link_weights: bool = False
     stages: int = 1
     overwrite: bool = False
@@ -89,6 +91,7 @@ class ExportOptions:
             "text_length",
             "vae_tile",
             "stages",
+            "images",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -173,7 +176,9 @@ class _Job:
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         area = None if options.size is None else options.size**2
-        limits = Limits(options.max_batch, options.max_size, area, options.text_length, options.vae_tile)
+        limits = Limits(
+            options.max_batch, options.max_size, area, options.text_length, options.vae_tile, options.images
+        )
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
         _check_tiles(self.plan, options.vae_tile)
         self.cutter = Cutter(options.stages, self.plan.axes)

@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 @click.argument("photo")
 @click.argument("prompt")
 @click.option(
+    "--photo",
+    "more",
+    metavar="FILE",
+    multiple=True,
+    help="Another photo, for a bundle that takes several; repeat for more. The last gives the size.",
+)
+@click.option(
     "--out", metavar="FILE", help="The picture, PNG, JPEG or WebP.  [default: PHOTO's name with -edited.png]"
 )
 @click.option("--steps", type=int, metavar="N", help="Steps of the scheduler.  [default: the bundle's]")
@@ -75,7 +82,7 @@ if TYPE_CHECKING:
 @source_option
 @json_option
 def edit(
-    bundle: str, photo: str, prompt: str, out: str | None, steps: int | None,
+    bundle: str, photo: str, prompt: str, more: tuple[str, ...], out: str | None, steps: int | None,
     strength: float | None, seed: int, delta_strength: float, guidance: float | None,
     image_guidance: float | None, negative_prompt: str, size: str | None, scheduler: str | None,
     deltas_file: str | None, loras: tuple[str, ...], save_deltas: str | None, backend: str,
@@ -103,7 +110,11 @@ def edit(
             "Expected one of them",
             f"To add them up, give the delta file as another LoRA: --lora {deltas_file}",
         )
-    inputs = [Path(photo), *(Path(file) for file in (deltas_file, *(file for file, _ in parts)) if file)]
+    photos = [photo, *more]
+    inputs = [
+        *map(Path, photos),
+        *(Path(file) for file in (deltas_file, *(file for file, _ in parts)) if file),
+    ]
     check_output(target, *inputs)
     if save_deltas is not None:
         if deltas_file is not None or parts:
@@ -130,9 +141,9 @@ def edit(
         progress_bar() as show,
     ):
         if save_deltas is not None:
-            deltas = editor.generate(photo, prompt, size=size)
+            deltas = editor.generate(photos, prompt, size=size)
         picture = editor.edit(
-            photo, prompt, negative_prompt=negative_prompt, steps=steps, strength=strength, seed=seed,
+            photos, prompt, negative_prompt=negative_prompt, steps=steps, strength=strength, seed=seed,
             guidance=guidance, image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas,
             sampler=scheduler, size=size, output="array",
             progress=lambda done, total: show(f"step {done} of {total}", done, total),

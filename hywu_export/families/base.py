@@ -29,7 +29,8 @@ class Limits:
     """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels.
 
     ``text_length`` are the tokens of a prompt, where the pipeline leaves them open (`LONG_TEXT`). VAEs work
-    in tiles of at most ``tile`` pixels a side if a picture may be larger.
+    in tiles of at most ``tile`` pixels a side if a picture may be larger. ``images`` is the number of pictures that
+    each request has.
     """
 
     max_batch: int = 8
@@ -37,6 +38,7 @@ class Limits:
     area: int | None = None
     text_length: int | None = None
     tile: int | None = None
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class TextEncoding:
     folder: Path
     template: str = "{}"
     pad_side: Literal["left", "right"] = "right"
+    truncate: bool = True
     lowercase: bool = False
     name: str | None = None
     pad_id: int | None = None
-    truncate: bool = True
     special_tokens: bool = True
 
 
@@ -144,6 +146,8 @@ class ReferenceEdit:
         guidance: scale by name.
         strength: the part of the steps that runs; None for a family whose edits start from noise.
         text_length: tokens of the prompt; None is the pipeline's own choice.
+        negative_prompt: what guidance leads away from.
+        more_photos: those after the first, for a pipeline that takes several.
     """
 
     photo: npt.NDArray[np.uint8]
@@ -155,6 +159,8 @@ class ReferenceEdit:
     guidance: Mapping[str, float]
     strength: float | None = None
     text_length: int | None = None
+    negative_prompt: str = ""
+    more_photos: tuple[npt.NDArray[np.uint8], ...] = ()
 
 
 class Family(Protocol):

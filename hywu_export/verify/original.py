@@ -47,6 +47,7 @@ class Original:
             policy.default_area if policy is not None else None,
             text_length(manifest),
             _tile(bundle),
+            photo_count(manifest),
         )
         rows = [t.shape[0] for t in manifest.tensors.values() if t.column == "coefficients"]
         width = rows[0] if rows and isinstance(rows[0], int) else 0
@@ -73,6 +74,11 @@ def base_prompt(manifest: Manifest) -> str | None:
     """What the base is told instead of the instruction; None if it is told the instruction."""
     texts = (t.constant for name, t in manifest.tensors.items() if name.startswith("base_prompt."))
     return next((text for text in texts if text is not None), None)
+
+
+def photo_count(manifest: Manifest) -> int:
+    """How many photos a request has."""
+    return 1 + max((t.index or 0 for t in manifest.tensors.values() if t.source == "image"), default=0)
 
 
 def text_length(manifest: Manifest) -> int | None:
@@ -167,6 +173,7 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
     from hywu_export.passes.quiet import quiet
     from hywu_runtime.backends import create_backend
     from hywu_runtime.editor import Editor
+    from hywu_runtime.images import working_size
     from hywu_runtime.program import resolve_shape
     from hywu_runtime.schedule import Schedule
 
@@ -179,11 +186,14 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
     evaluations = len(rows.rows(section.default, steps))
     side = edit_side(policy)
     random = np.random.default_rng(SEED)
-    photo = (
-        random.integers(0, 256, (-(-side // 4), -(-side // 4), 3), np.uint8)
+    sizes = [(side, side)]  # the last photo's; the others are worked on at their own choice of a size
+    sizes = [working_size(side, side, policy)] * (photo_count(manifest) - 1) + sizes
+    photos = [
+        random.integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
         .repeat(4, 0)
-        .repeat(4, 1)[:side, :side]
-    )
+        .repeat(4, 1)[:height, :width]
+        for width, height in sizes
+    ]
     axes = {"batch": 1}
     for name, axis in manifest.axes.items():
         axes[name] = side // (axis.divide or 1) if axis.of is not None else axes.get(name, side)
@@ -199,6 +209,7 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
         expected = family.reference_edit(
             ReferenceEdit(
                 photo,
+                photos[0],
                 prompt,
                 section.default,
                 steps,
@@ -207,12 +218,13 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
                 guidance,
                 strength=None if section.strength is None else section.strength.default,
                 text_length=text_length(manifest),
+                more_photos=tuple(photos[1:]),
             )
         )
     with Editor(bundle, create_backend("ort-cpu")) as editor:
         got = editor.edit(
-            photo, PROMPTS[0], steps=steps, guidance=guidance, delta_strength=0, latents=latents, noise=noise,
-            size=(side, side), output="array",
+            photos, PROMPTS[0], steps=steps, guidance=guidance, delta_strength=0, latents=latents,
+            noise=noise, size=(side, side), output="array",
         )  # fmt: skip
     assert isinstance(got, np.ndarray)  # as `output` asks
     check = TensorCheck("picture", LEVEL).seen(got, expected, {"height": side, "width": side})

@@ -33,7 +33,8 @@ class Wish:
 
     def edit(self, editor: Editor) -> npt.NDArray[np.uint8]:
         """The pictures, uint8 ``[batch, H, W, 3]``."""
-        requests = [(photo, self.prompt) for photo in self.photos]
+        several = editor.limits().photos
+        requests = [(photo if several == 1 else [photo] * several, self.prompt) for photo in self.photos]
         pictures = editor.edit_batch(requests, **self.options, output="array")
         return np.stack([np.asarray(picture, np.uint8) for picture in pictures])
 

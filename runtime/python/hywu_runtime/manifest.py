@@ -152,6 +152,17 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Resize:
+    """How a photograph is brought to another size: sides are multiples of ``multiple``; areas in pixels."""
+
+    filter: Literal["lanczos", "bicubic"]
+    multiple: Size
+    area: Size | None = None
+    min_area: Size | None = None
+    max_area: Size | None = None
+
+
+@dataclass(frozen=True)
 class ProvidedTensor:
     """A tensor that the runtime provides; ``source`` says from what, the other keys depend on it."""
 
@@ -165,6 +176,9 @@ class ProvidedTensor:
     draw: Literal["initial", "step"] | None = None
     column: Literal["initial_scale", "timesteps", "coefficients", "start"] | None = None
     guidance: Name | None = None
+    index: Count | None = None
+    origin: Name | None = field(default=None, metadata={"key": "from"})
+    resize: tuple[Resize, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -320,6 +334,7 @@ class ImagePolicy:
     max: Size
     default_area: Size
     sizes: tuple[Annotated[tuple[Size, ...], Rule("a width and a height", lambda s: len(s) == 2)], ...] = ()
+    enlarge: bool = False
 
 
 @dataclass(frozen=True)

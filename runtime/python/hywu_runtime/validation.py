@@ -21,9 +21,10 @@ from hywu_runtime.manifest import (
     Value,
 )
 
-# The keys of a provided tensor that each source needs and allows; of `text`, exactly one of the two.
+# The keys of a provided tensor that each source needs and allows; of `text`, exactly one of the two, and of
+# `image` any.
 _SOURCE_KEYS: dict[str, tuple[str, ...]] = {
-    "image": (),
+    "image": ("index", "origin", "resize"),
     "text": ("text", "constant", "tokenizer"),
     "mask": ("of",),
     "noise": ("draw",),
@@ -33,7 +34,10 @@ _SOURCE_KEYS: dict[str, tuple[str, ...]] = {
     "input": (),
 }
 _MAX_PORTS = 2**20  # of all calls; a graph is listed once and may be called often
-_OPTIONAL_KEYS = ("text", "constant", "tokenizer", "of", "draw", "column", "guidance")
+_OPTIONAL_KEYS = (
+    "text", "constant", "tokenizer", "of", "draw", "column", "guidance", "index", "origin", "resize",
+)  # fmt: skip
+_MAX_PICTURES = 64  # of one request
 
 
 def validate(manifest: Manifest) -> None:
@@ -236,10 +240,11 @@ def _tensors(m: Manifest) -> None:
         _shape(m, f"{where}.shape", tensor.shape)
         allowed = _SOURCE_KEYS[tensor.source]
         for key in _OPTIONAL_KEYS:
-            given = getattr(tensor, key) is not None
+            given = getattr(tensor, key) not in (None, ())
             if given and key not in allowed:
-                raise malformed(f"{where}.{key}", f"does not go with source {tensor.source}", "no such key")
-            if not given and key in allowed and key not in ("text", "constant"):
+                shown = "from" if key == "origin" else key
+                raise malformed(f"{where}.{shown}", f"does not go with source {tensor.source}", "no such key")
+            if not given and key in allowed and key not in ("text", "constant", "index", "origin", "resize"):
                 raise malformed(f"{where}.{key}", "is missing", f"it with source {tensor.source}")
         _source(m, where, tensor, scales)
     if m.deltas is not None:
@@ -258,6 +263,7 @@ def _source(m: Manifest, where: str, tensor: ProvidedTensor, scales: set[str]) -
         _fixed(where, tensor, ("uint8",))
         if len(tensor.shape) != 4 or tensor.shape[3] != 3:
             raise malformed(f"{where}.shape", f"is {list(tensor.shape)}", '["batch", height, width, 3]')
+        _picture(m, where, tensor)
     elif tensor.source == "text":
         if (tensor.text is None) == (tensor.constant is None):
             raise malformed(where, "does not say which text", "exactly one of `text` and `constant`")
@@ -287,6 +293,25 @@ def _source(m: Manifest, where: str, tensor: ProvidedTensor, scales: set[str]) -
         _fixed(where, tensor, floats, batch)
     elif tensor.source == "gate":
         _fixed(where, tensor, floats, batch)
+
+
+def _picture(m: Manifest, where: str, tensor: ProvidedTensor) -> None:
+    """Which of a request's photographs a tensor shows, and at what size."""
+    if (tensor.index or 0) >= _MAX_PICTURES:
+        raise malformed(f"{where}.index", f"is {tensor.index}", f"a number below {_MAX_PICTURES}")
+    if tensor.origin is not None:
+        _known(f"{where}.from", tensor.origin, m.tensors, "a tensor that the runtime provides")
+        origin = m.tensors[tensor.origin]
+        if origin.source != "image" or origin.resize or (origin.index or 0) != (tensor.index or 0):
+            raise malformed(
+                f"{where}.from", f"is {show(tensor.origin)}",
+                "a tensor with source `image`, the same `index` and no `resize`",
+            )  # fmt: skip
+        if not tensor.resize:
+            raise malformed(f"{where}.resize", "is missing", "it with `from`")
+    for step in tensor.resize:
+        if (step.min_area or 1) > (step.max_area or math.inf):
+            raise malformed(f"{where}.resize", "has a min_area above its max_area", "the smaller one first")
 
 
 def _fixed(

@@ -234,6 +234,11 @@ struct ColumnWords {
                                                              {"coefficients", Column::coefficients},
                                                              {"start", Column::start}}};
 };
+struct FilterWords {
+    using type = Filter;
+    static constexpr std::array<WordPair<Filter>, 2> all = {
+        {{"lanczos", Filter::lanczos}, {"bicubic", Filter::bicubic}}};
+};
 struct PhaseWords {
     using type = Phase;
     static constexpr std::array<WordPair<Phase>, 4> all = {
@@ -307,6 +312,15 @@ static void fields(Visitor& visit, Axis& value) {
 }
 
 template <class Visitor>
+static void fields(Visitor& visit, Resize& value) {
+    visit(Word<FilterWords>{}, "filter", value.filter);
+    visit(Size{}, "multiple", value.multiple);
+    visit.optional(Nullable<Size>{}, "area", value.area);
+    visit.optional(Nullable<Size>{}, "min_area", value.min_area);
+    visit.optional(Nullable<Size>{}, "max_area", value.max_area);
+}
+
+template <class Visitor>
 static void fields(Visitor& visit, ProvidedTensor& value) {
     visit(Word<DtypeWords>{}, "dtype", value.dtype);
     visit(Dimensions{}, "shape", value.shape);
@@ -318,6 +332,9 @@ static void fields(Visitor& visit, ProvidedTensor& value) {
     visit.optional(Nullable<Word<DrawWords>>{}, "draw", value.draw);
     visit.optional(Nullable<Word<ColumnWords>>{}, "column", value.column);
     visit.optional(Nullable<Name>{}, "guidance", value.guidance);
+    visit.optional(Nullable<Count>{}, "index", value.index);
+    visit.optional(Nullable<Name>{}, "from", value.origin);
+    visit.optional(List<Record<Resize>>{}, "resize", value.resize);
 }
 
 template <class Visitor>
@@ -408,6 +425,7 @@ static void fields(Visitor& visit, ImagePolicy& value) {
     visit(Size{}, "max", value.max);
     visit(Size{}, "default_area", value.default_area);
     visit.optional(List<Sizes<2, PairRule>>{}, "sizes", value.sizes);
+    visit.optional(Boolean{}, "enlarge", value.enlarge);
 }
 
 template <class Visitor>

@@ -102,6 +102,15 @@ std::string_view name(TensorSource source);
 std::string_view name(Phase phase);
 std::string_view name(TargetKind kind);
 
+enum class Filter { lanczos, bicubic };
+
+// How a photograph is brought to another size: sides are multiples of `multiple`; areas in pixels.
+struct Resize {
+    Filter filter = Filter::lanczos;
+    std::int64_t multiple = 1;
+    std::optional<std::int64_t> area, min_area, max_area;
+};
+
 // A tensor that the runtime provides; `source` says from what, the other keys depend on it.
 struct ProvidedTensor {
     Dtype dtype = Dtype::float32;
@@ -111,6 +120,9 @@ struct ProvidedTensor {
     std::optional<Draw> draw;
     std::optional<Column> column;
     std::optional<std::string> guidance;
+    std::optional<std::int64_t> index;
+    std::optional<std::string> origin;
+    std::vector<Resize> resize;
 
     // Whether the tensor has another value in every step.
     bool changes() const noexcept {
@@ -223,6 +235,7 @@ struct ImagePolicy {
     std::string tensor;
     std::int64_t multiple = 1, min = 1, max = 1, default_area = 1;
     std::vector<std::array<std::int64_t, 2>> sizes;
+    bool enlarge = false;
 };
 
 // A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width, `experts` (experts

@@ -19,6 +19,7 @@ using codec::malformed;
 
 // Of all calls together: graphs are listed once and called often, so that a short manifest could make a long
 // program.
+constexpr std::int64_t max_pictures = 64;  // of one request
 constexpr std::size_t max_ports = std::size_t{1} << 20;
 
 // Names in a set; they live in the manifest.
@@ -106,6 +107,7 @@ private:
     void deltas() const;
     void tensors() const;
     void keys(const std::string& where, const ProvidedTensor& tensor) const;
+    void picture(const std::string& where, const ProvidedTensor& tensor) const;
     void source(const std::string& where, const ProvidedTensor& tensor) const;
     void graphs() const;
     void program();
@@ -354,14 +356,14 @@ void Validator::tensors() const {
     }
 }
 
-// The keys that each source needs and allows; of `text` and `constant`, exactly one.
+// The keys that each source needs and allows; of `text` and `constant`, exactly one, and of an image's any.
 void Validator::keys(const std::string& where, const ProvidedTensor& tensor) const {
     struct Key {
         std::string_view name;
         bool given;
         TensorSource source;  // the one that it goes with
     };
-    const std::array<Key, 7> all = {{
+    const std::array<Key, 10> all = {{
         {"text", tensor.text.has_value(), TensorSource::text},
         {"constant", tensor.constant.has_value(), TensorSource::text},
         {"tokenizer", tensor.tokenizer.has_value(), TensorSource::text},
@@ -369,6 +371,9 @@ void Validator::keys(const std::string& where, const ProvidedTensor& tensor) con
         {"draw", tensor.draw.has_value(), TensorSource::noise},
         {"column", tensor.column.has_value(), TensorSource::schedule},
         {"guidance", tensor.guidance.has_value(), TensorSource::guidance},
+        {"index", tensor.index.has_value(), TensorSource::image},
+        {"from", tensor.origin.has_value(), TensorSource::image},
+        {"resize", !tensor.resize.empty(), TensorSource::image},
     }};
     for (const Key& key : all) {
         const bool allowed = key.source == tensor.source;
@@ -376,9 +381,34 @@ void Validator::keys(const std::string& where, const ProvidedTensor& tensor) con
             throw malformed(where + "." + str(key.name),
                             "does not go with source " + str(name(tensor.source)), "no such key");
         }
-        if (!key.given && allowed && key.name != "text" && key.name != "constant") {
+        const bool optional =
+            key.source == TensorSource::image || key.name == "text" || key.name == "constant";
+        if (!key.given && allowed && !optional) {
             throw malformed(where + "." + str(key.name), "is missing",
                             "it with source " + str(name(tensor.source)));
+        }
+    }
+}
+
+// Which of a request's photographs a tensor shows, and at what size.
+void Validator::picture(const std::string& where, const ProvidedTensor& tensor) const {
+    if (tensor.index.value_or(0) >= max_pictures) {
+        throw malformed(where + ".index", "is " + std::to_string(*tensor.index),
+                        "a number below " + std::to_string(max_pictures));
+    }
+    if (tensor.origin) {
+        known(where + ".from", *tensor.origin, m_.tensors, "a tensor that the runtime provides");
+        const ProvidedTensor& origin = m_.tensors.at(*tensor.origin);
+        if (origin.source != TensorSource::image || !origin.resize.empty() ||
+            origin.index.value_or(0) != tensor.index.value_or(0)) {
+            throw malformed(where + ".from", "is " + show(*tensor.origin),
+                            "a tensor with source `image`, the same `index` and no `resize`");
+        }
+        if (tensor.resize.empty()) throw malformed(where + ".resize", "is missing", "it with `from`");
+    }
+    for (const Resize& step : tensor.resize) {
+        if (step.min_area && step.max_area && *step.min_area > *step.max_area) {
+            throw malformed(where + ".resize", "has a min_area above its max_area", "the smaller one first");
         }
     }
 }
@@ -421,6 +451,7 @@ void Validator::source(const std::string& where, const ProvidedTensor& tensor) c
                 throw malformed(where + ".shape", "is " + written(tensor.shape),
                                 R"(["batch", height, width, 3])");
             }
+            picture(where, tensor);
             break;
         case TensorSource::text:
             if (tensor.text.has_value() == tensor.constant.has_value()) {

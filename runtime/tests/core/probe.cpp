@@ -67,6 +67,13 @@ json dump(const core::Axis& value) {
             {"one_or", dump(value.one_or)}, {"of", dump(value.of)},   {"divide", dump(value.divide)},
             {"sum", dump(value.sum)}};
 }
+json dump(const core::Resize& value) {
+    return {{"filter", value.filter == core::Filter::lanczos ? "lanczos" : "bicubic"},
+            {"multiple", value.multiple},
+            {"area", dump(value.area)},
+            {"min_area", dump(value.min_area)},
+            {"max_area", dump(value.max_area)}};
+}
 json dump(const core::ProvidedTensor& value) {
     return {{"dtype", dump(value.dtype)},
             {"shape", dump(value.shape)},
@@ -77,7 +84,10 @@ json dump(const core::ProvidedTensor& value) {
             {"of", dump(value.of)},
             {"draw", dump(value.draw)},
             {"column", dump(value.column)},
-            {"guidance", dump(value.guidance)}};
+            {"guidance", dump(value.guidance)},
+            {"index", dump(value.index)},
+            {"origin", dump(value.origin)},
+            {"resize", dump(value.resize)}};
 }
 json dump(const core::Value& value) {
     return {{"name", value.name}, {"dtype", dump(value.dtype)}, {"shape", dump(value.shape)}};
@@ -132,7 +142,8 @@ json dump(const core::ImagePolicy& value) {
             {"min", value.min},
             {"max", value.max},
             {"default_area", value.default_area},
-            {"sizes", dump(value.sizes)}};
+            {"sizes", dump(value.sizes)},
+            {"enlarge", value.enlarge}};
 }
 json dump(const core::DeltaTarget& value) {
     return {{"module", value.module},
