@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, dimensions, mismatch, nearest
 from hywu_export.deltas.experts import ExpertLinear
+from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, dimensions, mismatch, nearest
 from hywu_runtime.errors import CheckpointError, UnsupportedError
 
 

@@ -208,7 +208,6 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
     with quiet():
         expected = family.reference_edit(
             ReferenceEdit(
-                photo,
                 photos[0],
                 prompt,
                 section.default,
