@@ -57,7 +57,7 @@ class Rotary(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = (
-            [self.get_buffer(f"{name}_{axis}")[ids[:, axis]] for axis in range(ids.shape[1])]
+            [self.get_buffer(f"{name}_{axis}").index_select(0, ids[:, axis]) for axis in range(ids.shape[1])]
             for name in ("cos", "sin")
         )
         return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
