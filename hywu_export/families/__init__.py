@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 REGISTRY = {  # pipeline class in model_index.json → module:class
     "FluxKontextPipeline": "flux_kontext:FluxKontext",
     "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2Pix",
+    "StableDiffusionXLInstructPix2PixPipeline": "sdxl_instruct_pix2pix:SdxlInstructPix2Pix",
 }
 
 

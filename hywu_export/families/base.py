@@ -25,13 +25,17 @@ LONG_TEXT = "long"
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels;
-    ``text_length`` are the tokens of a prompt, where the pipeline leaves them open (`LONG_TEXT`)."""
+    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels.
+
+    ``text_length`` are the tokens of a prompt, where the pipeline leaves them open (`LONG_TEXT`). VAEs work
+    in tiles of at most ``tile`` pixels a side if a picture may be larger.
+    """
 
     max_batch: int = 8
     max_size: int | None = None
     area: int | None = None
     text_length: int | None = None
+    tile: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS
-from parity import CHANGED, SAME, Case, Once, Parity, Request, largest, photos
+from parity import SAME, Case, Once, Parity, Request, largest, photos
 
 from hywu_export import ExportOptions
 
@@ -98,7 +98,8 @@ def make_base(folder: Path, seed: int = 0, **transformer: Any) -> None:
     # Fresh weights are small: text and modulation would hardly be seen in the picture.
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=(2.0 if "embed" in name else 1.0) * parameter.shape[1] ** -0.5)
+            scale = 2.0 if "embed" in name else 1.0
+            torch.nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
     FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=vae,
@@ -174,8 +175,6 @@ def test_every_input_is_seen(parity: Parity) -> None:
 @pytest.mark.parametrize("guidance", [{}, {"true_cfg": 3.0}])
 def test_deltas_are_the_adapter_in_peft(parity: Parity, guidance: dict[str, float]) -> None:
     negative = ["ugly", "a cat"] if guidance else None
-    request = parity.request(
-        ["make it sepia", "a cat"], size=(24, 32), guidance=guidance, negative=negative
-    )
+    request = parity.request(["make it sepia", "a cat"], size=(24, 32), guidance=guidance, negative=negative)
     parity.check(request, parity.deltas(), strength=0.75)
     parity.check_per_sample(request)
