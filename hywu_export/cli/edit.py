@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hywu_export.cli.common import (
+    SCALE,
     Command,
     check_output,
     json_option,
@@ -41,7 +42,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Strength of the deltas; 0 is the base model.",
 )
-@click.option("--guidance", type=float, metavar="X", help="Guidance by the prompt.  [default: the bundle's]")
+@click.option(
+    "--guidance",
+    type=SCALE,
+    multiple=True,
+    help="Guidance by the prompt, or the scale of that name; repeat for more.  [default: the bundle's]",
+)
 @click.option(
     "--image-guidance", type=float, metavar="X", help="Guidance by the photo.  [default: the bundle's]"
 )
@@ -59,10 +65,10 @@ if TYPE_CHECKING:
 @json_option
 def edit(
     bundle: str, photo: str, prompt: str, out: str | None, steps: int | None, seed: int,
-    delta_strength: float, guidance: float | None, image_guidance: float | None, negative_prompt: str,
-    size: str | None, scheduler: str | None, deltas_file: str | None, save_deltas: str | None, backend: str,
-    variant: str | None, engine: str | None, threads: int | None, low_memory: bool,
-    sources: dict[str, str], as_json: bool,
+    delta_strength: float, guidance: tuple[tuple[str, float], ...], image_guidance: float | None,
+    negative_prompt: str, size: str | None, scheduler: str | None, deltas_file: str | None,
+    save_deltas: str | None, backend: str, variant: str | None, engine: str | None, threads: int | None,
+    low_memory: bool, sources: dict[str, str], as_json: bool,
 ) -> None:  # fmt: skip
     """Edit PHOTO as PROMPT says.
 
@@ -103,7 +109,7 @@ def edit(
         if save_deltas is not None:
             deltas = editor.generate(photo, prompt, size=size)
         picture = editor.edit(
-            photo, prompt, negative_prompt=negative_prompt, steps=steps, seed=seed, guidance=guidance,
+            photo, prompt, negative_prompt=negative_prompt, steps=steps, seed=seed, guidance=dict(guidance),
             image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas, sampler=scheduler,
             size=size, output="array",
             progress=lambda done, total: show(f"step {done} of {total}", done, total),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,13 @@ import torch
 from conftest import WORDS
 from parity import SAME, Case, Once, Parity, Request, largest, photos
 
-from hywu_export import ExportOptions
+from hywu_export import ExportOptions, export
+from hywu_export.deltas import DeltaSpec
+from hywu_export.families import open_base
+from hywu_export.families.base import Limits
+from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
+from hywu_runtime.images import working_size
+from hywu_runtime.text import PromptEncoder
 
 TEXT_LENGTH = 24
 
@@ -178,3 +187,128 @@ def test_deltas_are_the_adapter_in_peft(parity: Parity, guidance: dict[str, floa
     request = parity.request(["make it sepia", "a cat"], size=(24, 32), guidance=guidance, negative=negative)
     parity.check(request, parity.deltas(), strength=0.75)
     parity.check_per_sample(request)
+
+
+def test_a_lora_file(parity: Parity, tmp_path: Path) -> None:
+    parity.check_lora_file(parity.request(["make it sepia"]), tmp_path)
+
+
+def test_default_targets(parity: Parity) -> None:
+    """Those of the training script, in both kinds of blocks; the fused outputs of single blocks are none."""
+    assert parity.manifest.deltas is not None
+    modules = {target.module for target in parity.manifest.deltas.targets}
+    double, single = "transformer_blocks.0", "single_transformer_blocks.0"
+    attention = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    layers = {f"{ff}.net.{layer}" for ff in ("ff", "ff_context") for layer in ("0.proj", "2")}
+    assert modules == (
+        {f"{double}.attn.{name}" for name in attention}
+        | {f"{double}.{name}" for name in layers}
+        | {f"{single}.attn.{name}" for name in ("to_q", "to_k", "to_v")}
+        | {f"{single}.proj_mlp"}
+    )
+
+
+def test_manifest(parity: Parity) -> None:
+    manifest = parity.manifest
+    assert manifest.schedules is not None
+    assert manifest.schedules.default == "flow_euler"
+    assert manifest.schedules.default_steps == 8  # 28, but for the table's end
+    assert [(g.name, g.default, g.above) for g in manifest.guidance] == [
+        ("text", 3.5, None),
+        ("true_cfg", 1.0, 1.0),
+    ]
+    assert {name: entry.max_length for name, entry in manifest.tokenizers.items()} == {
+        "short": 32,
+        "long": TEXT_LENGTH,
+    }
+    assert "noise.step" not in manifest.tensors
+
+
+def test_sizes_are_those_of_the_pipeline(parity: Parity) -> None:
+    """Without --size, a photo is brought to the preferred resolution that the pipeline would choose."""
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    family = open_base(parity.base)
+    policy = family.plan(DeltaSpec(()), Limits(max_size=2048), None, 3).image
+    assert policy is not None
+    for width, height in ((1600, 1200), (640, 480), (500, 501), (3000, 1000), (77, 300)):
+        _, *expected = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        assert working_size(width, height, policy) == tuple(expected)
+    own = family.plan(DeltaSpec(()), Limits(max_size=2048, area=512**2), None, 3).image
+    assert own is not None
+    assert own.sizes == ()
+
+
+def test_tokens(parity: Parity) -> None:
+    """Both tokenizers give the pipeline's ids, cut and padded."""
+    bundle = parity.editor.bundle
+    for name, tokenizer in (("short", parity.plain.tokenizer), ("long", parity.plain.tokenizer_2)):
+        entry = bundle.manifest.tokenizers[name]
+        encoder = PromptEncoder(bundle.file(entry.file), entry)
+        for prompt in ("make it sepia", "", "a CAT, ﬁne!", "make " * 60):
+            ids, _ = encoder.encode([prompt])
+            expected = tokenizer(prompt, padding="max_length", max_length=entry.max_length, truncation=True)
+            assert ids.tolist() == [expected.input_ids]
+
+
+def test_verify(parity: Parity) -> None:
+    parity.check_verify()
+
+
+def test_linked_weights(parity: Parity) -> None:
+    parity.check_linked(parity.request(["make it sepia"], guidance={"true_cfg": 3.0}))
+
+
+def test_lint(parity: Parity) -> None:
+    parity.check_lint()
+
+
+@pytest.mark.rtx
+@pytest.mark.slow
+def test_tensorrt_rtx(parity: Parity) -> None:
+    parity.check_tensorrt_rtx()
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_distilled(once: Once, tmp_path: Path) -> None:
+    """``guidance_embeds`` off, a base prompt's place, and a static shift with three axes of other sizes."""
+    case = replace(
+        CASE,
+        name="kontext_plain",
+        make_base=lambda folder: make_base(folder, 3, guidance_embeds=False, axes_dims_rope=(2, 6, 8)),
+    )
+    with Parity(case, once) as plain:
+        assert [scale.name for scale in plain.manifest.guidance] == ["true_cfg"]
+        plain.check(plain.request(["a cat"], size=(28, 16)))
+        plain.check(plain.request(["a cat"], guidance={"true_cfg": 2.5}, negative=["ugly"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("transformer/config.json", {"pooled_projection_dim": 8}, "lacks|has shape"),
+        ("transformer/config.json", {"patch_size": 2}, "has shape"),
+        ("vae/config.json", {"shift_factor": None}, "shift_factor to None"),
+        ("text_encoder_2/config.json", {"model_type": "umt5"}, "T5EncoderModel"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=False"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    parity: Parity, tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(parity.base, tmp_path / "base")
+    path = tmp_path / "base" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((CheckpointError, UnsupportedError), match=message):
+        export(tmp_path / "bundle", tmp_path / "base", options=OPTIONS)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_options_out_of_range(parity: Parity, tmp_path: Path) -> None:
+    for options, message in (
+        (replace(OPTIONS, text_length=513), "at most 512"),
+        (replace(OPTIONS, max_size=4), "largest size is 4"),
+        (replace(OPTIONS, samplers=("flow_heun",)), "flow_euler"),
+    ):
+        with pytest.raises((InputError, UnsupportedError), match=message):
+            export(tmp_path / "bundle", parity.base, options=options)
