@@ -81,7 +81,7 @@ class ExportOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
+        positive = (
             "max_rank",
             "max_steps",
             "steps",
@@ -92,7 +92,8 @@ class ExportOptions:
             "vae_tile",
             "stages",
             "images",
-        ):
+        )
+        for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}", "Expected 1 or more", "Choose another value")

@@ -139,6 +139,9 @@ def _default(manifest: Manifest, name: str, shapes: Mapping[str, Range]) -> Rang
         step = math.lcm(axis.multiple, image.multiple)
         smallest, largest = max(low, image.min), min(high, image.max)
         best = _to_step(math.sqrt(image.default_area), step, smallest, largest)
+        if image.sizes:  # photos come to one of these
+            sides = [side for size in image.sizes for side in size]
+            return min(sides), best, max(sides)
         return (
             _to_step(best / 2, step, smallest, largest),
             best,

@@ -25,7 +25,7 @@ const std::vector<Option> options = {
     {"--strength", "X", "Part of the steps to run, from the photo on.  [default: the bundle's]"},
     {"--seed", "N", "Seed of the noise.  [default: 0]"},
     {"--delta-strength", "X", "Strength of the deltas; 0 is the base model.  [default: 1.0]"},
-    {"--guidance", "X", "Guidance by the prompt.  [default: the bundle's]"},
+    {"--guidance", "[NAME=]X", "Guidance by the prompt, or the scale of that name; repeat for more.", true},
     {"--image-guidance", "X", "Guidance by the photo.  [default: the bundle's]"},
     {"--negative-prompt", "TEXT", "What guidance leads away from."},
     {"--size", "WxH", "Size of the picture.  [default: near the photo's, aspect kept]"},
@@ -122,7 +122,7 @@ int edit(int count, char** values) {
     request.steps = static_cast<std::int32_t>(arguments.integer("--steps", 1, 1 << 30).value_or(0));
     request.strength = arguments.part("--strength").value_or(0);
     if (const auto x = arguments.number("--delta-strength")) request.delta_strength = {*x};
-    if (const auto x = arguments.number("--guidance")) request.guidance["text"] = {*x};
+    request.guidance = arguments.scales("--guidance");
     if (const auto x = arguments.number("--image-guidance")) request.guidance["image"] = {*x};
     request.sampler = arguments.text("--scheduler").value_or("");
     if (const auto size = arguments.size("--size")) std::tie(request.width, request.height) = *size;
