@@ -142,6 +142,7 @@ class Case:
             but for tiles: each is traced once for each size of its tiles.
         load: further arguments of ``from_pretrained``.
         denoiser: the component whose targets have no prefix.
+        scale: of random deltas, so that they change the picture.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Case:
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     load: Mapping[str, Any] = field(default_factory=dict)
     denoiser: str = "unet"
+    scale: float = 0.3
 
 
 class Parity:
@@ -282,9 +284,9 @@ class Parity:
         finally:
             pipe.scheduler = own
 
-    def deltas(self, seed: int = 0, scale: float = 0.3, rank: int | None = None) -> Deltas:
+    def deltas(self, seed: int = 0, scale: float | None = None, rank: int | None = None) -> Deltas:
         """Random ones that change the picture."""
-        return random_deltas(self.manifest.deltas, seed, scale, rank)
+        return random_deltas(self.manifest.deltas, seed, scale or self.case.scale, rank)
 
     def adapted(self, *adapters: tuple[Mapping[str, np.ndarray], float]) -> Any:
         """The pipeline with deltas of D = 1 put into it by PEFT, each with its strength."""

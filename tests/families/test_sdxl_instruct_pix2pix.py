@@ -120,6 +120,7 @@ CASE = Case(
     ExportOptions(samplers=("euler", "euler_a"), max_rank=4, max_steps=4, max_batch=2, max_size=96),
     more={"tiled": {"vae_tile": 64}},  # of a picture of 96 pixels 2 by 2, sharing 16 pixels
     load={"add_watermarker": False},
+    scale=1.0,
 )
 
 
