@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -256,6 +258,15 @@ def test_more_than_the_bundle_takes(adapted_bundle: Path, files: Path, bundle: P
     refused(*arguments, "--lora", f"{file}:nan")
     refused(*arguments, "--lora", tmp_path / "nowhere.safetensors")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_conversion_needs_no_torch(adapted_bundle: Path, files: Path) -> None:
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['torch', 'diffusers', 'onnx'])\n"
+        "from hywu_export.deltas import load_lora; print(load_lora(sys.argv[1], sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, files / "first" / "kohya.safetensors", adapted_bundle]
+    assert "targets, rank 7" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_what_a_file_holds(files: Path) -> None:
