@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hywu_export.families.base import Family
 
 REGISTRY = {  # pipeline class in model_index.json → module:class
+    "SanaSprintImg2ImgPipeline": "sana_sprint:SanaSprint",
     "StableDiffusion3Img2ImgPipeline": "sd3_img2img:StableDiffusion3Img2Img",
     "FluxKontextPipeline": "flux_kontext:FluxKontext",
     "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2Pix",

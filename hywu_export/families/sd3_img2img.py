@@ -445,8 +445,9 @@ class StableDiffusion3Img2Img:
         from diffusers import StableDiffusion3Img2ImgPipeline
         from PIL import Image
 
+        absent = {} if T5 in self._components else {T5: None, "tokenizer_3": None}
         pipeline = StableDiffusion3Img2ImgPipeline.from_pretrained(
-            self.folder, torch_dtype=torch.float32, local_files_only=True
+            self.folder, torch_dtype=torch.float32, local_files_only=True, **absent
         )
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = make_scheduler(edit.sampler, self.scheduler[1])
