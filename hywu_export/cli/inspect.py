@@ -18,9 +18,10 @@ from hywu_export.cli.common import (
     source_option,
     table,
 )
+from hywu_runtime.codec import encode
 
 if TYPE_CHECKING:
-    from hywu_runtime.manifest import Axis, Guidance, Manifest
+    from hywu_runtime.manifest import Axis, Guidance, Manifest, Term
 
 
 @click.command(cls=Command)
@@ -138,6 +139,8 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
 def _axis(axis: Axis) -> dict[str, Any]:
     if axis.of is not None:
         return {"of": axis.of, "divide": axis.divide}
+    if axis.sum:
+        return {"sum": encode(axis.sum)}
     return {"min": axis.min, "max": axis.max, "multiple": axis.multiple, "one_or": axis.one_or}
 
 
@@ -251,10 +254,17 @@ def _delta_rows(summary: dict[str, Any]) -> list[tuple[object, ...]]:
 def _axis_text(axis: Axis) -> str:
     if axis.of is not None:
         return f"{axis.of} / {axis.divide}"
+    if axis.sum:
+        return " + ".join(map(_term_text, axis.sum))
     limits = f"{axis.min} to {axis.max}"
     if axis.multiple != 1:
         limits += f" in steps of {axis.multiple}"
     return f"1 or {axis.one_or}" if axis.one_or is not None else limits
+
+
+def _term_text(term: Term) -> str:
+    factors = [str(term.times)] if term.times != 1 or not term.of else []
+    return " · ".join([*factors, *term.of]) + (f" / {term.divide}" if term.divide != 1 else "")
 
 
 def _notes(name: str, sampler: dict[str, Any], summary: dict[str, Any]) -> str:

@@ -17,9 +17,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from hywu_export.deltas import DeltaSpec, inject
-from hywu_export.families.autoencoder import ImageDecoder, ImageEncoder
+from hywu_export.families.autoencoder import ImageDecoder, ImageEncoder, pixels_per_latent
 from hywu_export.families.base import ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
 from hywu_export.families.components import Component, class_name, open_component, read_config
+from hywu_export.families.tiling import Tiles
 from hywu_export.schedules import apply_row, make_scheduler
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
 from hywu_runtime.errors import CheckpointError, InputError
@@ -175,7 +176,7 @@ class Pix2Pix(ABC):
     @property
     def _factor(self) -> int:
         """Pixels per latent."""
-        return int(2 ** (len(self._vae.config.block_out_channels) - 1))
+        return pixels_per_latent(self._vae)
 
     @property
     def _native_side(self) -> int:
@@ -227,7 +228,7 @@ class Pix2Pix(ABC):
         history = ("batch", coefficients - 4, *self._latents[1:])
         pixels = ("batch", "height", "width", 3)
         plan = Plan(
-            graphs=self._graphs(spec, history, pixels, base_prompt is not None),
+            graphs=self._graphs(spec, history, base_prompt is not None, side.max, limits.tile),
             axes=axes,
             tensors={
                 "image": ProvidedTensor("uint8", pixels, "image"),
@@ -274,7 +275,9 @@ class Pix2Pix(ABC):
         ]
         return plan
 
-    def _graphs(self, spec: DeltaSpec, history: Shape, pixels: Shape, based: bool) -> list[GraphSpec]:
+    def _graphs(
+        self, spec: DeltaSpec, history: Shape, based: bool, longest: int, tile: int | None
+    ) -> list[GraphSpec]:
         def tensor(name: str, shape: Shape, dtype: str = "float32") -> TensorSpec:
             return TensorSpec(name, dtype, shape)
 
@@ -301,14 +304,18 @@ class Pix2Pix(ABC):
         guided, unguided = (
             Step(self._unet, self._denoise, len(self._conditions), spec, guided) for guided in (True, False)
         )
+        pixels = ("batch", "height", "width", 3)
+        tiles = Tiles.covering(longest, tile, self._factor)
+        tile = None if tiles is None else tile
         ids = [tensor(name, self._conditions["embeds"][:2], "int64") for name in self.tokenizers]
         return [
             self._text_encoder(ids, conditions("")),
             GraphSpec(
                 "image_encoder",
-                ImageEncoder(self._vae, self._source_scale),
+                ImageEncoder(self._vae, self._source_scale, tiles),
                 [tensor("image", pixels, "uint8")],
                 [tensor("image.latents", self._latents)],
+                tile=tile,
             ),
             GraphSpec(
                 "prepare",
@@ -320,9 +327,10 @@ class Pix2Pix(ABC):
             GraphSpec("step_unguided", unguided, [*common, *deltas], after),
             GraphSpec(
                 "image_decoder",
-                ImageDecoder(self._vae, self._unscale),
+                ImageDecoder(self._vae, self._unscale, tiles),
                 [tensor("latents", self._latents)],
                 [tensor("edited", pixels, "uint8")],
+                tile=tile,
             ),
         ]
 

@@ -92,7 +92,7 @@ def _known(
 def _against_torch(bundle: Bundle, folders: Mapping[str, Path], tell: Progress) -> list[Check]:
     from hywu_export.verify.original import Original, check_edit, check_graph
 
-    original: Original = Original(bundle.manifest, folders.get("base"), folders.get("generator"))
+    original: Original = Original(bundle, folders.get("base"), folders.get("generator"))
     total = len(original.plan.graphs) + 1
     checks = []
     for done, graph in enumerate(original.plan.graphs):
@@ -163,9 +163,9 @@ def _compare_generation(bundle: Bundle, axes: Mapping[str, int], group: Sequence
 
     manifest = bundle.manifest
     random = np.random.default_rng(SEED)
-    sizes = {name: axes.get(name, axis.min or 1) for name, axis in manifest.axes.items() if axis.of is None}
+    sizes = {name: axes.get(name, axis.min or 1) for name, axis in manifest.axes.items() if not axis.derived}
     sizes |= {BATCH: axes.get(BATCH, 1)}
-    sizes |= {n: sizes[a.of] // (a.divide or 1) for n, a in manifest.axes.items() if a.of is not None}
+    sizes |= {name: axis.size(sizes) or 1 for name, axis in manifest.axes.items() if axis.derived}
     inputs = {
         name: np.asarray(random.standard_normal(resolve_shape(manifest, name, sizes)), tensor.dtype)
         for name, tensor in manifest.tensors.items()

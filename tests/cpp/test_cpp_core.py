@@ -769,12 +769,14 @@ def test_noise_is_the_same(probe: Probe, seed: int, sample: int, draw: int, leng
 TARGETS = (
     DeltaTarget("block.to_q", "linear", 6, 5, 4),
     DeltaTarget("block.conv", "conv", 3, 2, 2, (3, 1)),
+    DeltaTarget("block.experts.w1", "experts", 4, 3, 2, experts=5),
     DeltaTarget('ü."\\\x7f', "linear", 2, 2, 3),
 )
 SPEC = DeltaSpec(4, "gate", "delta_batch", TARGETS)
 PLAIN_TARGETS = [
     {"module": t.module, "in": t.in_features, "out": t.out_features, "rank": t.rank}
     | ({"kernel": list(t.kernel)} if t.kernel else {})
+    | ({"experts": t.experts} if t.experts else {})
     for t in TARGETS
 ]
 

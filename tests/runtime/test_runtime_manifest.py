@@ -206,6 +206,8 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("gate is none", lambda m: m["deltas"].update(gate="image"), "gate", False),
     ("target twice", lambda m: m["deltas"]["targets"].append(m["deltas"]["targets"][0]), "repeats", False),
     ("target rank", lambda m: m["deltas"]["targets"][0].update(rank=4), "rank", False),
+    ("experts without number", lambda m: m["deltas"]["targets"][0].update(kind="experts"), "experts", False),
+    ("experts of a linear layer", lambda m: m["deltas"]["targets"][0].update(experts=4), "experts", False),
     ("conv without kernel", lambda m: m["deltas"]["targets"][0].update(kind="conv"), "kernel", False),
     ("axis circle", lambda m: m["axes"].update(height={"of": "latent_height", "divide": 1}), "axes", False),
     ("indivisible", lambda m: m["axes"]["latent_height"].update(divide=3), "divide", False),

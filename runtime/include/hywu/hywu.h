@@ -237,6 +237,7 @@ typedef struct hywu_limits {
     int32_t default_steps; /* 0: no schedule */
     size_t sampler_count, guidance_count;
     double default_strength; /* 0: edits start from noise */
+    size_t photo_count;      /* photos of each sample; 1 for nearly all bundles */
 } hywu_limits;
 /* Fills `limits`, whose struct_size the caller has set. On a backend that runs engines, batch and sizes are
  * those that its engines take, the sizes those of the newest. */
@@ -300,7 +301,7 @@ typedef struct hywu_guidance {
 typedef struct hywu_edit_params {
     size_t struct_size;
     size_t count;                          /* samples; 1 by default */
-    const hywu_pixels* photos;             /* [count] */
+    const hywu_pixels* photos;             /* [count * photo_count], sample by sample */
     const char* const* prompts;            /* [count] instructions; NULL: empty */
     const size_t* prompt_lengths;          /* [count] bytes; NULL: they end with a NUL */
     const char* const* negative_prompts;   /* [count] what guidance leads away from; NULL: empty */
@@ -326,6 +327,7 @@ typedef struct hywu_edit_params {
     hywu_cancel* cancel; /* may be NULL */
     double strength;     /* where edits start from the photo: the part of the steps to run, above 0 and at */
                          /* most 1, which keeps nothing of the photo; 0: the bundle's default */
+    size_t photo_count;  /* photos of each sample; 1 by default. The size of the last is that of the picture */
 } hywu_edit_params;
 HYWU_API hywu_status hywu_edit_params_init(hywu_edit_params* params, size_t struct_size);
 
@@ -351,6 +353,7 @@ typedef struct hywu_generate_params {
     const hywu_tensor* inputs;
     size_t input_count; /* their batch is that of the deltas */
     hywu_cancel* cancel;
+    size_t photo_count; /* photos at `photo`; 1 by default */
 } hywu_generate_params;
 HYWU_API hywu_status hywu_generate_params_init(hywu_generate_params* params, size_t struct_size);
 

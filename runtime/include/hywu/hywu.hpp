@@ -367,6 +367,7 @@ struct Sample {
     Pixels photo;
     std::string prompt;
     std::string negative_prompt = {};
+    std::vector<Pixels> more_photos = {};  // after the first, for a bundle that takes several
 };
 
 // What hywu_edit_params says beside the samples. Vectors have one entry for all samples, or one for each;
@@ -595,6 +596,11 @@ private:
             const std::size_t count = samples.size();
             for (const Sample& sample : samples) {
                 photos_.push_back(sample.photo);
+                photos_.insert(photos_.end(), sample.more_photos.begin(), sample.more_photos.end());
+                if (sample.more_photos.size() != samples.begin()->more_photos.size()) {
+                    refused = Error(Status::input, "The samples have different numbers of photos",
+                                    "Expected as many for each", "Give as many as the bundle takes");
+                }
                 photo_given_ |= sample.photo.data != nullptr;
                 prompts_.push_back(sample.prompt.data());
                 lengths_.push_back(sample.prompt.size());
@@ -603,6 +609,7 @@ private:
             }
             params.count = count;
             if (photo_given_) params.photos = photos_.data();
+            if (count != 0) params.photo_count = photos_.size() / count;
             params.prompts = detail::pointer(prompts_);
             params.prompt_lengths = detail::pointer(lengths_);
             params.negative_prompts = detail::pointer(negatives_);

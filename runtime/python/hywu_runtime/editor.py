@@ -19,7 +19,7 @@ from hywu_runtime.codec import show
 from hywu_runtime.deltas import Deltas
 from hywu_runtime.engines import BATCH, narrowed, sides
 from hywu_runtime.errors import BundleError, DeltaError, InputError, UnsupportedError
-from hywu_runtime.images import Photo, Pixels, Size, load_photo
+from hywu_runtime.images import Photo, Pixels, Size, load_photo, resize, resized_sizes
 from hywu_runtime.manifest import ImagePolicy, ProvidedTensor, is_guided
 from hywu_runtime.noise import normal
 from hywu_runtime.program import Executor, Plan, Request, Timings, make_plan, resolve_axes, resolve_shape
@@ -43,6 +43,7 @@ class Limits:
 
     ``steps``: sampler to its step counts. ``guidance``: scale to its default. ``rank``: the largest rank of
     deltas, 0 without deltas. ``default_strength``: None where every edit starts from noise.
+    ``photos``: how many each request has.
     """
 
     batch: tuple[int, int]
@@ -55,13 +56,14 @@ class Limits:
     edits: bool
     generates: bool
     default_strength: float | None = None
+    photos: int = 1
 
 
 @dataclass(frozen=True)
 class _Samples:
     """What a batch of requests says, one entry per sample."""
 
-    pixels: list[Pixels]
+    pictures: Mapping[str, list[Pixels]]  # by tensor
     texts: Mapping[str, list[str]]
     seeds: list[tuple[int, int]]  # (seed, sample)
     scales: Mapping[str, list[float]]
@@ -181,11 +183,12 @@ class Editor:
             edits=m.results.image is not None,
             generates=bool(m.results.deltas),
             default_strength=m.schedules.strength.default if m.schedules and m.schedules.strength else None,
+            photos=self._photos,
         )
 
     def edit(
         self,
-        photo: Photo,
+        photo: Photo | Sequence[Photo],
         prompt: str,
         *,
         negative_prompt: str = "",
@@ -219,7 +222,7 @@ class Editor:
 
     def edit_batch(
         self,
-        requests: Sequence[tuple[Photo, str]],
+        requests: Sequence[tuple[Photo | Sequence[Photo], str]],
         *,
         negative_prompt: str | Sequence[str] = "",
         steps: int | None = None,
@@ -243,8 +246,9 @@ class Editor:
         Where a sequence is taken, it has one entry per photograph.
 
         Args:
-            requests: (photo, instruction) pairs. All photos are brought to one working size: ``size``, or
-                the first photo's.
+            requests: (photo, instruction) pairs; for a bundle that takes several photos, a list of them in
+                place of each photo. All are brought to the working size of those of the first request, or
+                to ``size``; of several photos, this is the size of the one whose size the picture has.
             negative_prompt: what guidance leads away from.
             steps: step count; None is the bundle's default.
             strength: of a bundle that starts from the photo: the part of the steps that runs, above 0 and
@@ -310,7 +314,7 @@ class Editor:
 
     def generate(
         self,
-        photo: Photo | None = None,
+        photo: Photo | Sequence[Photo] | None = None,
         prompt: str = "",
         *,
         size: Size | None = None,
@@ -366,8 +370,9 @@ class Editor:
             else None
         )
         gray = np.full((height, width, 3), 128, np.uint8)
+        photos = [gray] * self._photos
         self.edit_batch(
-            [(gray, "")] * self._batch_limits()[0],
+            [(photos, "")] * self._batch_limits()[0],
             steps=fewest,
             delta_strength=0.0 if plan.absent else 1.0,
             size=(width, height) if m.image is not None else None,
@@ -403,7 +408,7 @@ class Editor:
 
     def _samples(
         self,
-        requests: Sequence[tuple[Photo | None, str]],
+        requests: Sequence[tuple[Photo | Sequence[Photo] | None, str]],
         negative_prompt: str | Sequence[str],
         seed: int | Sequence[int],
         guidance: Scale | Mapping[str, Scale] | None,
@@ -425,7 +430,7 @@ class Editor:
         alone = not isinstance(seed, Iterable)
         seeds = [(_seed(s), i if alone else 0) for i, s in enumerate(_per_sample("seed", seed, count))]
         return _Samples(
-            pixels=self._pixels([photo for photo, _ in pairs], size),
+            pictures=self._pictures([photo for photo, _ in pairs], size),
             texts={
                 "prompt": [prompt for _, prompt in pairs],
                 "negative_prompt": _per_sample("negative_prompt", negative_prompt, count),
@@ -437,17 +442,59 @@ class Editor:
             ],
         )
 
-    def _pixels(self, photos: Sequence[Photo | None], size: Size | None) -> list[Pixels]:
-        # An explicit size is the user's: whether an engine takes it is seen when all axes are known.
-        policy = self._policy(len(photos)) if size is None else self._manifest.image
-        pixels: list[Pixels] = []
-        for photo in photos:
-            if photo is None:
+    def _pictures(
+        self, requests: Sequence[Photo | Sequence[Photo] | None], size: Size | None
+    ) -> dict[str, list[Pixels]]:
+        """What every tensor with source ``image`` shows of the photos of every request."""
+        tensors = {name: t for name, t in self._manifest.tensors.items() if t.source == "image"}
+        # What others start from comes first.
+        order = sorted(tensors, key=lambda name: (tensors[name].origin is not None, name))
+        made: dict[str, list[Pixels]] = {name: [] for name in tensors}
+        fitted: dict[str, list[tuple[int, int]]] = {}  # the first request's sizes, for all
+        for request in requests:
+            if request is None:
                 continue
-            if pixels and policy is not None:
-                size = (pixels[0].shape[1], pixels[0].shape[0])
-            pixels.append(load_photo(photo, policy, size))
-        return pixels
+            photos: list[Any] = list(request) if isinstance(request, (list, tuple)) else [request]
+            if len(photos) != self._photos:
+                raise InputError(
+                    f"A request has {len(photos)} photos",
+                    f"This bundle takes {self._photos} for each",
+                    "Give so many, as a list, or export with another number of --images",
+                )
+            whole: dict[int, Pixels] = {}  # photos at their own size, where a tensor starts from them
+            for name in order:
+                tensor = tensors[name]
+                index = tensor.index or 0
+                if not tensor.resize:
+                    made[name].append(self._fitted(name, photos[index], made[name], size, len(requests)))
+                    continue
+                if tensor.origin is not None:
+                    start = made[tensor.origin][-1]
+                elif index in whole:
+                    start = whole[index]
+                else:
+                    start = whole[index] = load_photo(photos[index])
+                sizes = fitted.setdefault(name, resized_sizes(start.shape[1], start.shape[0], tensor.resize))
+                made[name].append(resize(start, tensor.resize, sizes))
+        return made
+
+    @property
+    def _photos(self) -> int:
+        """How many photos a request has."""
+        indices = [t.index or 0 for t in self._manifest.tensors.values() if t.source == "image"]
+        return 1 + max(indices, default=0)
+
+    def _fitted(
+        self, name: str, photo: Photo, others: Sequence[Pixels], size: Size | None, batch: int
+    ) -> Pixels:
+        """A photo at its working size: that of the ``others``, photos of earlier requests, if there are."""
+        policy = self._manifest.image
+        explicit = size if policy is not None and policy.tensor == name else None
+        if explicit is None:  # else it is the user's: whether an engine takes it is seen when axes are known
+            policy = self._policy(batch)
+        if others and policy is not None:
+            explicit = (others[0].shape[1], others[0].shape[0])
+        return load_photo(photo, policy, explicit)
 
     def _scales(
         self, guidance: Scale | Mapping[str, Scale] | None, image_guidance: Scale | None, count: int
@@ -578,11 +625,11 @@ class Editor:
         """A provided tensor whose size the request alone determines."""
         tensor = self._manifest.tensors[name]
         if tensor.source == "image":
-            if len(samples.pixels) != len(samples):
+            if len(samples.pictures[name]) != len(samples):
                 raise InputError(
                     "A photo is missing", "This bundle needs one for each request", "Give a photo"
                 )
-            return np.stack(self._same_size(samples.pixels))
+            return np.stack(self._same_size(samples.pictures[name]))
         if tensor.source == "text":
             return self._encode(name, samples)[0].astype(tensor.dtype)
         if tensor.source == "mask":

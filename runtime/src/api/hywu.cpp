@@ -74,6 +74,7 @@ hywu_editor_params editor_defaults() {
 
 // The same of hywu_edit_params, without `strength`, and of hywu_limits, without `default_strength`.
 constexpr std::initializer_list<std::size_t> edit_sizes = {offsetof(hywu_edit_params, strength)};
+constexpr std::initializer_list<std::size_t> generate_sizes = {offsetof(hywu_generate_params, photo_count)};
 constexpr std::initializer_list<std::size_t> limits_sizes = {offsetof(hywu_limits, default_strength)};
 
 hywu_edit_params edit_defaults() {
@@ -81,6 +82,7 @@ hywu_edit_params edit_defaults() {
     params.struct_size = sizeof params;
     params.count = 1;
     params.delta_strength = 1.0;
+    params.photo_count = 1;
     return params;
 }
 
@@ -88,6 +90,7 @@ hywu_generate_params generate_defaults() {
     hywu_generate_params params = {};
     params.struct_size = sizeof params;
     params.prompt_length = HYWU_TERMINATED;
+    params.photo_count = 1;
     return params;
 }
 
@@ -219,6 +222,15 @@ std::vector<double> values(double one, const double* each, std::size_t count) {
     return each != nullptr ? std::vector<double>(each, each + count) : std::vector<double>{one};
 }
 
+// The lists of a caller that knows nothing of several photos are not read beyond their end.
+void check_photo_count(const runtime::Editor& editor, std::size_t count) {
+    const std::size_t wanted = editor.limits().photos;
+    if (count == wanted) return;
+    throw input_error("`photo_count` is " + std::to_string(count),
+                      "This bundle takes " + std::to_string(wanted) + " for each sample",
+                      "Give so many, or export with another number of --images");
+}
+
 // `names` is what the caller knows the editor by.
 runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit_params* given) {
     need(given, "params");
@@ -232,7 +244,8 @@ runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit
     runtime::EditOptions options;
     options.count = count;
     if (!editor.limits().edits) return options;  // is refused
-    for (std::size_t i = 0; params.photos != nullptr && i < count; ++i) {
+    check_photo_count(editor, params.photo_count);
+    for (std::size_t i = 0; params.photos != nullptr && i < count * params.photo_count; ++i) {
         options.photos.push_back(photo(params.photos[i], entry("photos", i)));
     }
     options.prompts = texts(params.prompts, params.prompt_lengths, count, "prompts");
@@ -544,6 +557,7 @@ hywu_status hywu_editor_limits(const hywu_editor* editor, hywu_limits* limits) {
         values.sampler_count = found.steps.size();
         values.guidance_count = found.guidance.size();
         values.default_strength = found.default_strength;
+        values.photo_count = found.photos;
         api::write_struct(limits, values, limits_sizes, "hywu_limits");
     });
 }
@@ -735,7 +749,7 @@ void hywu_images_free(hywu_images* images) { delete images; }
 
 hywu_status hywu_generate_params_init(hywu_generate_params* params, size_t struct_size) {
     return guard(
-        [&] { api::write_struct(params, struct_size, generate_defaults(), {}, "hywu_generate_params"); });
+        [&] { api::write_struct(params, struct_size, generate_defaults(), generate_sizes, "hywu_generate_params"); });
 }
 
 hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* given, hywu_deltas** deltas) {
@@ -744,9 +758,14 @@ hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* given
         need(given, "params");
         need(deltas, "deltas");
         const hywu_generate_params params =
-            api::read_struct(given, generate_defaults(), {}, "hywu_generate_params");
+            api::read_struct(given, generate_defaults(), generate_sizes, "hywu_generate_params");
         runtime::GenerateOptions options;
-        if (params.photo != nullptr) options.photo = photo(*params.photo, "photo");
+        if (params.photo != nullptr) {
+            check_photo_count(*found, params.photo_count);
+            for (std::size_t i = 0; i < params.photo_count; ++i) {
+                options.photos.push_back(photo(params.photo[i], i == 0 ? "photo" : entry("photo", i)));
+            }
+        }
         if (params.prompt != nullptr)
             options.prompt = texts(&params.prompt, &params.prompt_length, 1, "prompt")[0];
         options.size = size(params.width, params.height);

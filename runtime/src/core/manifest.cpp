@@ -78,6 +78,16 @@ struct RankRule {
     }
 };
 
+struct FactorsRule {
+    static std::string what() { return "at most 4 names of axes"; }
+    static bool test(const std::vector<std::string>& items) { return items.size() <= 4; }
+};
+
+struct TermsRule {
+    static std::string what() { return "at most 16 terms"; }
+    static bool test(const std::vector<Term>& items) { return items.size() <= 16; }
+};
+
 struct TwoRule {
     static std::string what() { return "two integers"; }
     static bool test(const std::vector<std::int64_t>& items) { return items.size() == 2; }
@@ -136,6 +146,7 @@ using Digest = Narrowed<Text, DigestRule>;
 using Count = Narrowed<Integer, CountRule>;
 using Size = Narrowed<Integer, RangeRule<1, max_dimension>>;
 using Part = Narrowed<Number, PartRule>;
+using Stage = Narrowed<Integer, RangeRule<0, 255>>;
 using Length = Narrowed<Integer, RangeRule<1, 1048576>>;
 using TokenId = Narrowed<Integer, TokenIdRule>;
 using Template = Narrowed<Text, TemplateRule>;
@@ -223,6 +234,11 @@ struct ColumnWords {
                                                              {"coefficients", Column::coefficients},
                                                              {"start", Column::start}}};
 };
+struct FilterWords {
+    using type = Filter;
+    static constexpr std::array<WordPair<Filter>, 2> all = {
+        {{"lanczos", Filter::lanczos}, {"bicubic", Filter::bicubic}}};
+};
 struct PhaseWords {
     using type = Phase;
     static constexpr std::array<WordPair<Phase>, 4> all = {
@@ -230,8 +246,9 @@ struct PhaseWords {
 };
 struct TargetWords {
     using type = TargetKind;
-    static constexpr std::array<WordPair<TargetKind>, 2> all = {
-        {{"linear", TargetKind::linear}, {"conv", TargetKind::conv}}};
+    static constexpr std::array<WordPair<TargetKind>, 3> all = {{{"linear", TargetKind::linear},
+                                                                 {"conv", TargetKind::conv},
+                                                                 {"experts", TargetKind::experts}}};
 };
 struct PrecisionWords {
     using type = Precision;
@@ -277,6 +294,13 @@ static void fields(Visitor& visit, File& value) {
 }
 
 template <class Visitor>
+static void fields(Visitor& visit, Term& value) {
+    visit.optional(Narrowed<List<Name>, FactorsRule>{}, "of", value.of);
+    visit.optional(Size{}, "times", value.times);
+    visit.optional(Size{}, "divide", value.divide);
+}
+
+template <class Visitor>
 static void fields(Visitor& visit, Axis& value) {
     visit.optional(Nullable<Size>{}, "min", value.min);
     visit.optional(Nullable<Size>{}, "max", value.max);
@@ -284,6 +308,16 @@ static void fields(Visitor& visit, Axis& value) {
     visit.optional(Nullable<Name>{}, "one_or", value.one_or);
     visit.optional(Nullable<Name>{}, "of", value.of);
     visit.optional(Nullable<Size>{}, "divide", value.divide);
+    visit.optional(Narrowed<List<Record<Term>>, TermsRule>{}, "sum", value.sum);
+}
+
+template <class Visitor>
+static void fields(Visitor& visit, Resize& value) {
+    visit(Word<FilterWords>{}, "filter", value.filter);
+    visit(Size{}, "multiple", value.multiple);
+    visit.optional(Nullable<Size>{}, "area", value.area);
+    visit.optional(Nullable<Size>{}, "min_area", value.min_area);
+    visit.optional(Nullable<Size>{}, "max_area", value.max_area);
 }
 
 template <class Visitor>
@@ -298,6 +332,9 @@ static void fields(Visitor& visit, ProvidedTensor& value) {
     visit.optional(Nullable<Word<DrawWords>>{}, "draw", value.draw);
     visit.optional(Nullable<Word<ColumnWords>>{}, "column", value.column);
     visit.optional(Nullable<Name>{}, "guidance", value.guidance);
+    visit.optional(Nullable<Count>{}, "index", value.index);
+    visit.optional(Nullable<Name>{}, "from", value.origin);
+    visit.optional(List<Record<Resize>>{}, "resize", value.resize);
 }
 
 template <class Visitor>
@@ -312,6 +349,8 @@ static void fields(Visitor& visit, Graph& value) {
     visit(FilePath{}, "file", value.file);
     visit(List<Record<Value>>{}, "inputs", value.inputs);
     visit(List<Record<Value>>{}, "outputs", value.outputs);
+    visit.optional(Stage{}, "stage", value.stage);
+    visit.optional(Nullable<Name>{}, "stage_of", value.stage_of);
 }
 
 template <class Visitor>
@@ -386,6 +425,7 @@ static void fields(Visitor& visit, ImagePolicy& value) {
     visit(Size{}, "max", value.max);
     visit(Size{}, "default_area", value.default_area);
     visit.optional(List<Sizes<2, PairRule>>{}, "sizes", value.sizes);
+    visit.optional(Boolean{}, "enlarge", value.enlarge);
 }
 
 template <class Visitor>
@@ -396,6 +436,7 @@ static void fields(Visitor& visit, DeltaTarget& value) {
     visit(Size{}, "out", value.out_features);
     visit(Size{}, "rank", value.rank);
     visit.optional(Nullable<Sizes<2, TwoRule>>{}, "kernel", value.kernel);
+    visit.optional(Nullable<Size>{}, "experts", value.experts);
 }
 
 template <class Visitor>
@@ -535,8 +576,14 @@ bool is_guided(const std::vector<Guidance>& guidance,
 }
 
 std::vector<std::int64_t> DeltaTarget::a_shape() const {
+    if (experts) return {*experts, rank, in_features};
     if (!kernel) return {rank, in_features};
     return {rank, in_features, (*kernel)[0], (*kernel)[1]};
+}
+
+std::vector<std::int64_t> DeltaTarget::b_shape() const {
+    if (experts) return {*experts, out_features, rank};
+    return {out_features, rank};
 }
 
 std::optional<std::string> Engine::covers(

@@ -39,7 +39,7 @@ struct Size {
 // is said.
 struct EditOptions {
     std::size_t count = 1;
-    std::vector<Photo> photos;                           // for each sample, or none where nothing needs them
+    std::vector<Photo> photos;  // for each sample, as many as Limits::photos, or none where nothing needs them
     std::vector<std::string> prompts, negative_prompts;  // for each sample; none: empty texts
     std::uint64_t seed = 0;                              // gives each sample noise of its own
     std::vector<std::uint64_t> seeds;  // for each sample: what this seed alone gives; none: `seed`
@@ -59,7 +59,7 @@ struct EditOptions {
 };
 
 struct GenerateOptions {
-    std::optional<Photo> photo;
+    std::vector<Photo> photos;  // as many as Limits::photos, or none where nothing needs them
     std::string prompt;
     std::optional<Size> size;
     NamedViews inputs;
@@ -67,7 +67,7 @@ struct GenerateOptions {
 };
 
 // What an editor accepts: of the bundle's limits, what its engines cover if it runs on engines. `size` is
-// that of the newest of them; `guidance`: name and default.
+// that of the newest of them; `guidance`: name and default; `photos`: how many each sample has.
 struct Limits {
     std::int64_t batch_min = 1, batch_max = 1;
     std::optional<core::ImagePolicy> size;
@@ -76,6 +76,7 @@ struct Limits {
     double default_strength = 0;                                           // 0: edits start from noise
     std::vector<std::pair<std::string, double>> guidance;
     std::int64_t rank = 0;
+    std::size_t photos = 1;
     bool edits = false, generates = false;
 };
 
@@ -135,7 +136,7 @@ private:
                       const std::optional<core::ImagePolicy>& policy) const;
     // The size that the newest engine is tuned for, or a small one.
     Size warm_up_size() const;
-    Samples samples(std::size_t count, const std::vector<Photo>& photos, std::optional<Size> size) const;
+    Samples samples(std::size_t count, const std::vector<Photo>& photos, const std::optional<Size>& size) const;
     std::map<std::string, std::vector<double>> scales(const EditOptions& options) const;
     // Tensors that the caller gives by name: no deltas, and nothing that changes from step to step.
     NamedViews given(const NamedViews& inputs, const std::optional<View>& latents,

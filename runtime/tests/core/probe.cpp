@@ -59,9 +59,20 @@ json dump(const core::Column& value) {
 }
 json dump(const core::Dim& value) { return value.symbolic() ? json(value.axis) : json(value.size); }
 json dump(const core::File& value) { return {{"size", value.size}, {"sha256", value.sha256}}; }
+json dump(const core::Term& value) {
+    return {{"of", value.of}, {"times", value.times}, {"divide", value.divide}};
+}
 json dump(const core::Axis& value) {
     return {{"min", dump(value.min)},       {"max", dump(value.max)}, {"multiple", value.multiple},
-            {"one_or", dump(value.one_or)}, {"of", dump(value.of)},   {"divide", dump(value.divide)}};
+            {"one_or", dump(value.one_or)}, {"of", dump(value.of)},   {"divide", dump(value.divide)},
+            {"sum", dump(value.sum)}};
+}
+json dump(const core::Resize& value) {
+    return {{"filter", value.filter == core::Filter::lanczos ? "lanczos" : "bicubic"},
+            {"multiple", value.multiple},
+            {"area", dump(value.area)},
+            {"min_area", dump(value.min_area)},
+            {"max_area", dump(value.max_area)}};
 }
 json dump(const core::ProvidedTensor& value) {
     return {{"dtype", dump(value.dtype)},
@@ -73,13 +84,20 @@ json dump(const core::ProvidedTensor& value) {
             {"of", dump(value.of)},
             {"draw", dump(value.draw)},
             {"column", dump(value.column)},
-            {"guidance", dump(value.guidance)}};
+            {"guidance", dump(value.guidance)},
+            {"index", dump(value.index)},
+            {"origin", dump(value.origin)},
+            {"resize", dump(value.resize)}};
 }
 json dump(const core::Value& value) {
     return {{"name", value.name}, {"dtype", dump(value.dtype)}, {"shape", dump(value.shape)}};
 }
 json dump(const core::Graph& value) {
-    return {{"file", value.file}, {"inputs", dump(value.inputs)}, {"outputs", dump(value.outputs)}};
+    return {{"file", value.file},
+            {"inputs", dump(value.inputs)},
+            {"outputs", dump(value.outputs)},
+            {"stage", value.stage},
+            {"stage_of", dump(value.stage_of)}};
 }
 json dump(const core::Implementation& value) {
     return {{"file", value.file}, {"class_name", value.class_name}};
@@ -124,7 +142,8 @@ json dump(const core::ImagePolicy& value) {
             {"min", value.min},
             {"max", value.max},
             {"default_area", value.default_area},
-            {"sizes", dump(value.sizes)}};
+            {"sizes", dump(value.sizes)},
+            {"enlarge", value.enlarge}};
 }
 json dump(const core::DeltaTarget& value) {
     return {{"module", value.module},
@@ -257,6 +276,10 @@ core::DeltaSpec spec_of(const json& question) {
         if (entry.contains("kernel")) {
             target.kind = core::TargetKind::conv;
             target.kernel = entry.at("kernel").get<std::array<std::int64_t, 2>>();
+        }
+        if (entry.contains("experts")) {
+            target.kind = core::TargetKind::experts;
+            target.experts = entry.at("experts").get<std::int64_t>();
         }
         spec.rank = std::max(spec.rank, target.rank);
         spec.tensors.add(target.a_name(), target.a_shape());
