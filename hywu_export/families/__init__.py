@@ -14,10 +14,9 @@ from hywu_runtime.errors import UnsupportedError
 if TYPE_CHECKING:
     from hywu_export.families.base import Family
 
-REGISTRY = {  # pipeline class in model_index.json → module:class
-    "SanaSprintImg2ImgPipeline": "sana_sprint:SanaSprint",
 REGISTRY = {  # pipeline class in model_index.json, or architecture in config.json → module:class
     "HunyuanImage3ForCausalMM": "hunyuan_image3:HunyuanImage3Instruct",
+    "SanaSprintImg2ImgPipeline": "sana_sprint:SanaSprint",
     "StableDiffusion3Img2ImgPipeline": "sd3_img2img:StableDiffusion3Img2Img",
     "FluxKontextPipeline": "flux_kontext:FluxKontext",
     "QwenImageEditPipeline": "qwen_image_edit:QwenImageEdit",
