@@ -59,6 +59,7 @@ def make_base(folder: Path) -> None:
         encoder_qkv_multiscales=((), (), (5,)),
         decoder_qkv_multiscales=((), (), (5,)),
         decoder_act_fns="silu",
+        upsample_block_type="interpolate",
         scaling_factor=0.41407,
     )
     transformer = SanaTransformer2DModel(

@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import WORDS
 from made_tokenizers import t5
-from parity import CHANGED, Case, Once, Parity, Request, largest, photos
+from parity import CHANGED, SAME, Case, Once, Parity, Request, largest, photos
 
 from hywu_export import ExportOptions, export
 from hywu_export.deltas import DeltaSpec
 from hywu_export.families import open_base
-from hywu_export.families.base import Limits, ReferenceEdit
+from hywu_export.families.base import Limits, Plan, ReferenceEdit
 from hywu_export.families.sd3_img2img import CLIPS, T5, Clip, same_draws
+from hywu_runtime import Editor
 from hywu_runtime.errors import CheckpointError, HywuError, InputError, UnsupportedError
 
 TEXT_LENGTH = 12
@@ -139,7 +140,10 @@ OPTIONS = ExportOptions(
     max_rank=4, max_steps=8, max_batch=2, max_size=96, text_length=TEXT_LENGTH,
     samplers=("FlowMatchEulerDiscreteScheduler", "flow_heun"),
 )  # fmt: skip
-CASE = Case("sd3", "StableDiffusion3Img2ImgPipeline", make_base, call, OPTIONS, denoiser="transformer")
+CASE = Case(
+    "sd3", "StableDiffusion3Img2ImgPipeline", make_base, call, OPTIONS, {"tiled": {"vae_tile": 32}},
+    denoiser="transformer",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +198,20 @@ def test_linked(parity: Parity) -> None:
 
 def test_verify(parity: Parity) -> None:
     parity.check_verify()
+
+
+def test_a_tiled_vae(parity: Parity) -> None:
+    """Its graphs are torch's, tile by tile; a picture of one tile is as before, a larger one nearly."""
+    with Editor.load(parity.bundles / "tiled", "ort-cpu") as editor:
+        for size, same in (((20, 16), True), ((96, 64), False)):
+            request = parity.request(["a red cat"], size=size, steps=2)
+            difference = largest(parity.edit(request, editor=editor), parity.edit(request))
+            assert (difference <= SAME) == same
+    assert {graph.tile for graph in tiled_plan(parity).graphs} == {None, 32}
+
+
+def tiled_plan(parity: Parity) -> Plan:
+    return open_base(parity.base).plan(DeltaSpec(()), Limits(max_size=96, tile=32), None, 6)
 
 
 def test_graphs(parity: Parity) -> None:
