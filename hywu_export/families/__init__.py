@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REGISTRY = {  # pipeline class in model_index.json, or architecture in config.json → module:class
     "HunyuanImage3ForCausalMM": "hunyuan_image3:HunyuanImage3Instruct",
+    "SanaSprintImg2ImgPipeline": "sana_sprint:SanaSprint",
     "StableDiffusion3Img2ImgPipeline": "sd3_img2img:StableDiffusion3Img2Img",
     "FluxKontextPipeline": "flux_kontext:FluxKontext",
     "QwenImageEditPipeline": "qwen_image_edit:QwenImageEdit",

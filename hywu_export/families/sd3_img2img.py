@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from hywu_export.deltas import DeltaSpec, inject
+from hywu_export.families.autoencoder import ImageDecoder, encode, pixels_per_latent
 from hywu_export.families.base import LONG_TEXT, ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
 from hywu_export.families.clip import penultimate_and_pooled
 from hywu_export.families.components import Component, class_name, open_component, read_config
-from hywu_export.families.pixels import from_pixels, to_pixels
+from hywu_export.families.pixels import from_pixels
 from hywu_export.families.text import HiddenStates, make_t5
+from hywu_export.families.tiling import Tiles
 from hywu_export.schedules import ScheduleTable, apply_row, make_scheduler, trace_scheduler, with_start
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
 from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
@@ -82,26 +84,15 @@ class ImageEncoder(nn.Module):
     """Pixels ``uint8 [B, H, W, 3]`` to the mode of the VAE's posterior, as the transformer reads it:
     ``[B, C, h, w]``."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL, tiles: Tiles | None):
         super().__init__()
         self.vae = vae
+        self.tiles = tiles
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
-        config = self.vae.config
-        latents = self.vae.encode(from_pixels(image)).latent_dist.mode()
+        config: Any = self.vae.config
+        latents = encode(self.vae, from_pixels(image), self.tiles)
         return ((latents - config.shift_factor) * config.scaling_factor,)
-
-
-class ImageDecoder(nn.Module):
-    """Latents ``[B, C, h, w]`` to pixels ``uint8 [B, H, W, 3]``."""
-
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> tuple[Tensor]:
-        config = self.vae.config
-        return (to_pixels(self.vae.decode(latents / config.scaling_factor + config.shift_factor).sample),)
 
 
 class Prepare(nn.Module):
@@ -193,9 +184,8 @@ class StableDiffusion3Img2Img:
             ("pooled_projection_dim", projected, "the projections of both CLIP text encoders"),
         ]
         if T5 in self._components:
-            wanted.append(
-                ("joint_attention_dim", int(self._components[T5].module.config.d_model), "T5's width")
-            )
+            t5: Any = self._components[T5].module.config
+            wanted.append(("joint_attention_dim", int(t5.d_model), "T5's width"))
         for setting, expected, why in wanted:
             if config[setting] != expected:
                 raise CheckpointError(
@@ -229,7 +219,7 @@ class StableDiffusion3Img2Img:
     @property
     def _factor(self) -> int:
         """Pixels per latent."""
-        return int(2 ** (len(self._vae.config.block_out_channels) - 1))
+        return pixels_per_latent(self._vae)
 
     @property
     def _latents(self) -> Shape:
@@ -307,7 +297,7 @@ class StableDiffusion3Img2Img:
         history = ("batch", coefficients - 4, *self._latents[1:])
         native = int(self._transformer.config.sample_size) * self._factor
         plan = Plan(
-            graphs=self._graphs(spec, pixels, history, base_prompt is not None),
+            graphs=self._graphs(spec, history, base_prompt is not None, side.max, limits.tile),
             axes=axes,
             tensors={
                 "image": ProvidedTensor("uint8", pixels, "image"),
@@ -348,10 +338,20 @@ class StableDiffusion3Img2Img:
         ]
         return plan
 
-    def _graphs(self, spec: DeltaSpec, pixels: Shape, history: Shape, based: bool) -> list[GraphSpec]:
+    def _unscale(self, latents: Tensor) -> Tensor:
+        config: Any = self._vae.config
+        unscaled: Tensor = latents / config.scaling_factor + config.shift_factor
+        return unscaled
+
+    def _graphs(
+        self, spec: DeltaSpec, history: Shape, based: bool, longest: int, tile: int | None
+    ) -> list[GraphSpec]:
         def tensor(name: str, shape: Shape, dtype: str = "float32") -> TensorSpec:
             return TensorSpec(name, dtype, shape)
 
+        tiles = Tiles.covering(longest, tile, self._factor)
+        tile = None if tiles is None else tile
+        pixels = ("batch", "height", "width", 3)
         pooled = ("batch", int(self._transformer.config.pooled_projection_dim))
 
         def text(prefix: str) -> list[TensorSpec]:
@@ -392,9 +392,10 @@ class StableDiffusion3Img2Img:
             GraphSpec("text", Join(width, None if T5 in self._components else length), parts, text("")),
             GraphSpec(
                 "image_encoder",
-                ImageEncoder(self._vae),
+                ImageEncoder(self._vae, tiles),
                 [tensor("image", pixels, "uint8")],
                 [tensor("image.latents", self._latents)],
+                tile=tile,
             ),
             GraphSpec(
                 "prepare",
@@ -410,9 +411,10 @@ class StableDiffusion3Img2Img:
             GraphSpec("step_unguided", Step(transformer, spec, False), [*common, *deltas], after),
             GraphSpec(
                 "image_decoder",
-                ImageDecoder(self._vae),
+                ImageDecoder(self._vae, self._unscale, tiles),
                 [tensor("latents", self._latents)],
                 [tensor("edited", pixels, "uint8")],
+                tile=tile,
             ),
         ]
 
@@ -445,8 +447,9 @@ class StableDiffusion3Img2Img:
         from diffusers import StableDiffusion3Img2ImgPipeline
         from PIL import Image
 
+        absent = {} if T5 in self._components else {T5: None, "tokenizer_3": None}
         pipeline = StableDiffusion3Img2ImgPipeline.from_pretrained(
-            self.folder, torch_dtype=torch.float32, local_files_only=True
+            self.folder, torch_dtype=torch.float32, local_files_only=True, **absent
         )
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = make_scheduler(edit.sampler, self.scheduler[1])

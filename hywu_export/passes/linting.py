@@ -34,6 +34,7 @@ OPERATORS = frozenset(
         "ConstantOfShape",
         "Conv",
         "Cos",
+        "DepthToSpace",
         "DequantizeLinear",
         "Div",
         "Equal",

@@ -23,14 +23,22 @@ def t5() -> Any:
 
 
 def gemma() -> Any:
-    """A ``GemmaTokenizerFast``: BPE over the whole text, spaces as ``▁``, bytes for what is unknown."""
+    """A ``GemmaTokenizerFast``: BPE over the whole text, spaces as ``▁``, bytes for what is unknown.
+
+    The words of SANA's instruction are in it, so that this is not a thousand tokens long.
+    """
+    from inspect import signature
+
+    from diffusers import SanaSprintImg2ImgPipeline
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import GemmaTokenizerFast
 
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     vocabulary += [chr(code) for code in range(33, 127)]
     merges: list[tuple[str, str]] = []
-    for word in dict.fromkeys(word for text in WORDS for word in text.split()):
+    parameters = signature(SanaSprintImg2ImgPipeline.__call__).parameters
+    instruction = parameters["complex_human_instruction"].default
+    for word in dict.fromkeys(word for text in (*WORDS, *instruction) for word in text.split()):
         grown = "▁"
         for letter in word:
             if grown + letter not in vocabulary:

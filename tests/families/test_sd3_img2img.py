@@ -13,12 +13,14 @@ import pytest
 import torch
 from conftest import WORDS
 from made_tokenizers import t5
-from parity import CHANGED, SAME, Case, Once, Parity, Request, largest
+from parity import CHANGED, SAME, Case, Once, Parity, Request, largest, photos
 
 from hywu_export import ExportOptions, export
+from hywu_export.deltas import DeltaSpec
 from hywu_export.families import open_base
-from hywu_export.families.sd3_img2img import same_draws
-from hywu_runtime import Editor, Manifest
+from hywu_export.families.base import Limits, Plan, ReferenceEdit
+from hywu_export.families.sd3_img2img import CLIPS, T5, Clip, same_draws
+from hywu_runtime import Editor
 from hywu_runtime.errors import CheckpointError, HywuError, InputError, UnsupportedError
 
 TEXT_LENGTH = 12
@@ -135,10 +137,13 @@ def call(pipe: Any, request: Request) -> list[np.ndarray]:
 
 
 OPTIONS = ExportOptions(
-    max_rank=4, max_steps=8, max_batch=2, text_length=TEXT_LENGTH,
+    max_rank=4, max_steps=8, max_batch=2, max_size=96, text_length=TEXT_LENGTH,
     samplers=("FlowMatchEulerDiscreteScheduler", "flow_heun"),
 )  # fmt: skip
-CASE = Case("sd3", "StableDiffusion3Img2ImgPipeline", make_base, call, OPTIONS, denoiser="transformer")
+CASE = Case(
+    "sd3", "StableDiffusion3Img2ImgPipeline", make_base, call, OPTIONS, {"tiled": {"vae_tile": 32}},
+    denoiser="transformer",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +200,20 @@ def test_verify(parity: Parity) -> None:
     parity.check_verify()
 
 
+def test_a_tiled_vae(parity: Parity) -> None:
+    """Its graphs are torch's, tile by tile; a picture of one tile is as before, a larger one nearly."""
+    with Editor.load(parity.bundles / "tiled", "ort-cpu") as editor:
+        for size, same in (((20, 16), True), ((96, 64), False)):
+            request = parity.request(["a red cat"], size=size, steps=2)
+            difference = largest(parity.edit(request, editor=editor), parity.edit(request))
+            assert (difference <= SAME) == same
+    assert {graph.tile for graph in tiled_plan(parity).graphs} == {None, 32}
+
+
+def tiled_plan(parity: Parity) -> Plan:
+    return open_base(parity.base).plan(DeltaSpec(()), Limits(max_size=96, tile=32), None, 6)
+
+
 def test_graphs(parity: Parity) -> None:
     parity.check_lint()
 
@@ -207,21 +226,29 @@ def test_tensorrt_rtx(parity: Parity) -> None:
 
 def test_without_t5(once: Once) -> None:
     """Zeros stand for its states, as in the pipeline."""
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
     base = once("sd3_short_base", lambda folder: make_base(folder, long=False))
-
-    def make(folder: Path) -> None:
-        export(folder, base, options=OPTIONS)
-
-    bundle = once("sd3_short_bundle", make)
-    assert set(Manifest.read(bundle).tokenizers) == {"clip", "clip_2"}
-    with Parity(CASE, once) as parity, Editor.load(bundle, "ort-cpu") as editor:
-        request = parity.request(["a red cat"], steps=3)
-        from diffusers import StableDiffusion3Img2ImgPipeline
-
-        pipe = StableDiffusion3Img2ImgPipeline.from_pretrained(base)
-        pipe.set_progress_bar_config(disable=True)
-        got = parity.edit(request, editor=editor)
-        assert largest(got, parity.expected(request, pipe)) <= SAME
+    family = open_base(base)
+    plan = family.plan(DeltaSpec(()), Limits(text_length=TEXT_LENGTH), None, 6)
+    assert set(plan.tokenizers) == {"clip", "clip_2"}
+    assert T5 not in family.components
+    (graph,) = (graph for graph in plan.graphs if graph.name == "text")
+    pipe = StableDiffusion3Img2ImgPipeline.from_pretrained(base, text_encoder_3=None, tokenizer_3=None)
+    states = []
+    for name in CLIPS:
+        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+        ids = tokenizer("a red cat", padding="max_length", max_length=16, return_tensors="pt").input_ids
+        states += Clip(name, getattr(pipe, name))(ids)
+    embeds, pooled = graph.module(*states)
+    prompt = pipe.encode_prompt(
+        "a red cat", None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
+    )
+    torch.testing.assert_close(embeds, prompt[0])
+    torch.testing.assert_close(pooled, prompt[2])
+    photo, latents = photos(1)[0], np.zeros((1, 4, 16, 16), np.float32)
+    edit = ReferenceEdit(photo, "snow", "flow_euler", 2, latents, 0, {"text": 7.0}, 0.6, TEXT_LENGTH)
+    assert family.reference_edit(edit).shape == photo.shape
 
 
 def change(file: Path, **settings: Any) -> None:
@@ -232,7 +259,7 @@ def change(file: Path, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "settings", "error", "word"),
     [
-        ("transformer", {"joint_attention_dim": 40}, CheckpointError, "joint_attention_dim"),
+        ("transformer", {"joint_attention_dim": 40}, CheckpointError, "context_embedder"),
         ("vae", {"shift_factor": None}, CheckpointError, "shift_factor"),
         ("text_encoder_2", {"model_type": "bert"}, UnsupportedError, "clip_text_model"),
         ("text_encoder_2", {"projection_dim": 8}, CheckpointError, "text_projection"),
@@ -253,7 +280,6 @@ def test_options_that_do_not_fit(parity: Parity, tmp_path: Path) -> None:
         (ExportOptions(samplers=("euler",)), UnsupportedError, "straight paths"),
         (ExportOptions(max_size=100), InputError, "Expected 8 to 96"),
         (ExportOptions(text_length=513), InputError, "at most 512"),
-        (ExportOptions(size=64, max_size=32), InputError, "size is 64"),
     ):
         with pytest.raises(error, match=word):
             export(tmp_path / "bundle", parity.base, options=options)

@@ -250,6 +250,8 @@ def _operator_model(operator: str) -> bytes:
         constants = {"low": np.float32(0), "high": np.float32(1)}
     elif operator == "Concat":
         inputs, arguments, attributes = [x, y], ["x", "x2"], {"axis": 1}
+    elif operator == "DepthToSpace":
+        attributes = {"blocksize": 2, "mode": "CRD"}
     elif operator == "Conv":
         constants = {"w": np.ones((4, 3, 3, 3), np.float32)}
     elif operator == "ConstantOfShape":
