@@ -150,6 +150,10 @@ class QwenImageEdit:
         s = self._seen
         return (Resize("bicubic", s.side, min_area=s.min_area, max_area=s.max_area),)
 
+    def _longest_seen(self, longest: int) -> int:
+        """The longest side of a picture as the text encoder sees it, where a side may be ``longest``."""
+        return longest
+
     def _texts(self, count: int) -> list[list[int]]:
         """Token ids before each of ``count`` pictures, and after the last."""
         from transformers import AutoTokenizer
@@ -199,6 +203,9 @@ class QwenImageEditPlus(QwenImageEdit):
     def _seen_sizes(self) -> tuple[Resize, ...]:
         return (Resize("lanczos", SIZE_STEP, area=SEEN_AREA), *super()._seen_sizes())
 
+    def _longest_seen(self, longest: int) -> int:
+        return 4 * math.isqrt(SEEN_AREA)  # of a picture of 16:1
+
 
 class _Planner:
     """Graphs and program of one bundle."""
@@ -227,8 +234,9 @@ class _Planner:
             )
         side = Axis(min=multiple, max=longest // multiple * multiple, multiple=multiple)
         step = self.family._seen.side
-        # A side of the smallest area, or of the longest picture, and one step for rounding.
-        most = max(side.max, math.isqrt(self.family._seen.min_area)) // step * step + step
+        # A side of the smallest area, or the longest, and one step for rounding.
+        longest = max(self.family._longest_seen(side.max), math.isqrt(self.family._seen.min_area))
+        most = longest // step * step + step
         seen = Axis(min=step, max=most, multiple=step)
         axes = {
             "batch": Axis(1, self.limits.max_batch),
@@ -248,7 +256,7 @@ class _Planner:
         side = axes["height"]
         area = self.limits.area or min(side.max**2, AREA)
         return Plan(
-            graphs=self._graphs(),
+            graphs=self._graphs(axes),
             axes=axes,
             tensors=self._tensors(),
             program=self._program(),
@@ -290,7 +298,16 @@ class _Planner:
         length = sum(self._lengths) + len(self.texts[-1]) + self.family._prompt_tokens
         return TensorSpec(name, "float32", ("batch", length, self.family._width))
 
-    def _graphs(self) -> list[GraphSpec]:
+    def _several_windows(self, axes: Mapping[str, Axis]) -> dict[str, int]:
+        """Sizes for tracing the vision tower: torch takes the number of windows for a constant if it is 1."""
+        sizes = {}
+        for number, suffix in enumerate(self.suffixes):
+            for name, tokens in (("seen_height", 9 + 2 * number), ("seen_width", 6 + 2 * number)):
+                axis = axes[name + suffix]
+                sizes[name + suffix] = min(tokens * axis.multiple, axis.max)
+        return sizes
+
+    def _graphs(self, axes: Mapping[str, Axis]) -> list[GraphSpec]:
         family = self.family
         latents = TensorSpec("latents", "float32", family._latents(""))
         text_encoder = family._text_encoder
@@ -325,6 +342,7 @@ class _Planner:
                 VisionEncoder(text_encoder, family._seen),
                 self._pixels("seen_", "seen{}"),
                 self._states("seen{}.tokens"),
+                example_sizes=self._several_windows(axes),
             ),
             GraphSpec(
                 "text_encoder",
