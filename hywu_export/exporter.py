@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hywu_runtime.errors import CheckpointError, InputError
+from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
 from hywu_runtime.manifest import (
     Guidance,
     Licence,
@@ -52,6 +52,7 @@ class ExportOptions:
         max_batch, max_size, size: limits, and the side in pixels of the default working area.
         text_length: tokens of a prompt, where the pipeline leaves them open (its max_sequence_length).
         images: how many pictures each request has, for a pipeline that takes several.
+        vae_tile: side in pixels of the VAE's tiles, if pictures may be larger.
         link_weights: leave the weights in the checkpoints.
         overwrite: replace an existing bundle.
     """
@@ -68,6 +69,7 @@ class ExportOptions:
     size: int | None = None
     text_length: int | None = None
     images: int = 1
+    vae_tile: int | None = None
     link_weights: bool = False
     overwrite: bool = False
 
@@ -81,6 +83,7 @@ class ExportOptions:
             "size",
             "text_length",
             "images",
+            "vae_tile",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -159,8 +162,11 @@ class _Job:
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         area = None if options.size is None else options.size**2
-        limits = Limits(options.max_batch, options.max_size, area, options.text_length, options.images)
+        limits = Limits(
+            options.max_batch, options.max_size, area, options.text_length, options.images, options.vae_tile
+        )
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
+        _check_tiles(self.plan, options.vae_tile)
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
         self._check_start()
@@ -325,13 +331,25 @@ def make_plan(
 
 
 def _refuse_options_of_a_base(options: ExportOptions) -> None:
-    for name in ("targets", "lora", "samplers", "steps", "max_size", "size", "text_length"):
+    for name in ("targets", "lora", "samplers", "steps", "max_size", "size", "text_length", "vae_tile"):
         if getattr(options, name):
             raise InputError(
                 f"The option {name} was given without a base",
                 "A generator alone has no targets, no sampler and no pictures",
                 "Leave it out, or give the base",
             )
+
+
+def _check_tiles(plan: Plan, tile: int | None) -> None:
+    """Tiles that were asked for are made, unless every picture fits into one."""
+    if tile is None or plan.image is None or plan.image.max <= tile:
+        return
+    if all(graph.tile is None for graph in plan.graphs):
+        raise UnsupportedError(
+            f"Tiles of {tile} pixels were asked for",
+            "This family's VAE takes a picture as a whole",
+            "Leave out --vae-tile",
+        )
 
 
 def _delta_spec(family: Family, generator: GeneratorPart | None, options: ExportOptions) -> DeltaSpec:

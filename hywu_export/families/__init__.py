@@ -19,6 +19,7 @@ REGISTRY = {  # pipeline class in model_index.json → module:class
     "QwenImageEditPipeline": "qwen_image_edit:QwenImageEdit",
     "QwenImageEditPlusPipeline": "qwen_image_edit:QwenImageEditPlus",
     "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2Pix",
+    "StableDiffusionXLInstructPix2PixPipeline": "sdxl_instruct_pix2pix:SdxlInstructPix2Pix",
 }
 
 

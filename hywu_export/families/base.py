@@ -27,13 +27,15 @@ LONG_TEXT = "long"
 class Limits:
     """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels;
     ``text_length`` are the tokens of a prompt, where the pipeline leaves them open (`LONG_TEXT`);
-    ``images`` is the number of pictures that each request has."""
+    ``images`` is the number of pictures that each request has. VAEs work in tiles of at most ``tile``
+    pixels a side if a picture may be larger."""
 
     max_batch: int = 8
     max_size: int | None = None
     area: int | None = None
     text_length: int | None = None
     images: int = 1
+    tile: int | None = None
 
 
 @dataclass(frozen=True)

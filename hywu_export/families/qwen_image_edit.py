@@ -19,8 +19,16 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from hywu_export.deltas import DeltaSpec
 from hywu_export.families.base import LONG_TEXT, ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
 from hywu_export.families.components import Component, class_name, open_component, read_config
-from hywu_export.families.qwen_image import ImageDecoder, ImageEncoder, Step, make_transformer, make_vae
+from hywu_export.families.qwen_image import (
+    ImageDecoder,
+    ImageEncoder,
+    Step,
+    make_transformer,
+    make_vae,
+    pixels_per_latent,
+)
 from hywu_export.families.qwen_vl import PictureSettings, PromptEncoder, VisionEncoder, make_text_encoder
+from hywu_export.families.tiling import Tiles
 from hywu_export.schedules import ScheduleTable, Shift, make_scheduler, shift_table
 from hywu_export.schedules.shift import COLUMNS, check_shiftable
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec
@@ -214,7 +222,7 @@ class _Planner:
         self.family, self.spec, self.limits, self.base_prompt = family, spec, limits, base_prompt
         self.count = limits.images
         self.texts = family._texts(self.count)
-        self.factor = int(2 ** len(family._vae.temperal_downsample))
+        self.factor = pixels_per_latent(family._vae)
         # The last picture has plain names: its size is that of the result.
         self.suffixes = [f"_{number}" for number in range(1, self.count)] + [""]
 
@@ -331,6 +339,8 @@ class _Planner:
             for name, shape in self.spec.tensors().items()
         ]
         after = [TensorSpec("latents.next", "float32", latents.shape)]
+        tiles = Tiles.covering(axes["height"].max, self.limits.tile, self.factor)
+        tile = None if tiles is None else self.limits.tile
         shift = Shift.from_config(family.scheduler[1])
 
         def step(guided: bool) -> Step:
@@ -352,17 +362,19 @@ class _Planner:
             ),
             GraphSpec(
                 "image_encoder",
-                ImageEncoder(family._vae),
+                ImageEncoder(family._vae, tiles),
                 self._pixels("", "image{}"),
                 self._latents("image{}.latents"),
+                tile=tile,
             ),
             GraphSpec("step", step(True), [*common, *guided, *deltas], after),
             GraphSpec("step_unguided", step(False), [*common, *deltas], after),
             GraphSpec(
                 "image_decoder",
-                ImageDecoder(family._vae),
+                ImageDecoder(family._vae, tiles),
                 [latents],
                 [TensorSpec("edited", "uint8", ("batch", "height", "width", 3))],
+                tile=tile,
             ),
         ]
 

@@ -138,6 +138,8 @@ class Case:
         make_base: writes a tiny random pipeline into a folder.
         call: what the pipeline makes of a request: uint8 ``[H, W, 3]`` per sample.
         options: of the export.
+        more: further bundles of this pipeline: name → what of ``options`` is different. Graphs must not be,
+            but for tiles: each is traced once for each size of its tiles.
         load: further arguments of ``from_pretrained``.
         denoiser: the component whose targets have no prefix.
     """
@@ -149,6 +151,7 @@ class Case:
     options: ExportOptions = field(
         default_factory=lambda: ExportOptions(max_rank=4, max_steps=8, max_batch=2)
     )
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     load: Mapping[str, Any] = field(default_factory=dict)
     denoiser: str = "unet"
 
@@ -159,17 +162,18 @@ class Parity:
     def __init__(self, case: Case, once: Once):
         self.case = case
         self.base = once(f"{case.name}_base", case.make_base)
-        bundles = once(f"{case.name}_bundles", self._export)
-        self.bundle, self.linked = bundles / "own", bundles / "linked"
+        self.bundles = once(f"{case.name}_bundles", self._export)
+        self.bundle = self.bundles / "own"
         self.manifest = Manifest.read(self.bundle)
         self._editor: Editor | None = None
         self._plain: Any = None
 
     def _export(self, folder: Path) -> None:
         folder.mkdir()
+        bundles = {"own": {}, "linked": {"link_weights": True}, **self.case.more}
         with _traced_once():
-            export(folder / "own", self.base, options=self.case.options)
-            export(folder / "linked", self.base, options=replace(self.case.options, link_weights=True))
+            for name, changes in bundles.items():
+                export(folder / name, self.base, options=replace(self.case.options, **changes))
 
     def __enter__(self) -> Parity:
         return self
@@ -318,17 +322,17 @@ class Parity:
         assert largest(got, self.expected(request, pipe)) <= SAME
         assert largest(got, self.edit(request)) > CHANGED, "the deltas change nothing"
 
-    def check_verify(self) -> None:
+    def check_verify(self, bundle: str = "own") -> None:
         """``hywu verify BUNDLE --base DIR`` finds every graph and a whole edit as they should be."""
         from hywu_export.verify import verify
 
-        report = verify(self.bundle, self.base)
+        report = verify(self.bundles / bundle, self.base)
         assert report.failure is None, [check for check in report.checks if check.failure is not None]
         assert {check.name for check in report.checks} > set(self.manifest.graphs)  # the edit is one more
 
     def check_linked(self, request: Request) -> None:
         """Exported with links to the checkpoint in place of weights, it makes the same bytes."""
-        manifest = Manifest.read(self.linked)
+        manifest = Manifest.read(self.bundles / "linked")
         places = {
             (tensor.file, tensor.offset): tensor.length
             for graph in manifest.linked.values()
@@ -337,12 +341,12 @@ class Parity:
         stored = sum(path.stat().st_size for path in self.base.rglob("*.safetensors"))
         assert sum(places.values()) > 0.5 * stored
         deltas = self.deltas()
-        with Editor.load(self.linked, "ort-cpu", sources={"base": self.base}) as editor:
+        with Editor.load(self.bundles / "linked", "ort-cpu", sources={"base": self.base}) as editor:
             got = self.edit(request, deltas, editor=editor)
         for ours, theirs in zip(got, self.edit(request, deltas)):
             np.testing.assert_array_equal(ours, theirs)
 
-    def check_lint(self) -> None:
+    def check_lint(self, bundle: str = "own") -> None:
         """The lint has nothing against any graph."""
         import onnx_ir as ir
 
@@ -355,19 +359,20 @@ class Parity:
                 [TensorSpec(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in side]
                 for side in (entry.inputs, entry.outputs)
             )
-            assert lint(ir.load(self.bundle / entry.file), axes, inputs, outputs) == [], name
+            assert lint(ir.load(self.bundles / bundle / entry.file), axes, inputs, outputs) == [], name
 
-    def check_tensorrt_rtx(self, compute_capability: str = "8.9") -> None:
-        """TensorRT-RTX parses every graph and compiles it. Needs ``tensorrt_rtx``, but no GPU."""
+    def check_tensorrt_rtx(self, bundle: str = "own", graphs: Sequence[str] = ()) -> None:
+        """TensorRT-RTX parses and compiles graphs, all if none is named. It needs no GPU for that."""
         from hywu_export.engines.shapes import ShapeOptions, engine_shapes, profile
         from hywu_export.engines.tensorrt import Settings, TensorRT
 
-        settings = Settings(compute_capabilities=(compute_capability,))
+        settings = Settings(compute_capabilities=("8.9",))
         shapes = engine_shapes(self.manifest, list(self.manifest.graphs), ShapeOptions())
-        for name, entry in self.manifest.graphs.items():
+        for name in graphs or self.manifest.graphs:
+            entry = self.manifest.graphs[name]
             with open(os.devnull, "w") as log:
                 compiler = TensorRT("tensorrt-rtx", log)
-                network = compiler.parse(self.bundle / entry.file)
+                network = compiler.parse(self.bundles / bundle / entry.file)
                 plan = compiler.compile(network, profile(self.manifest, entry.inputs, shapes), settings)
                 assert len(plan) > 0, name
 
@@ -388,13 +393,14 @@ def _traced_once() -> Iterator[None]:
 
     import hywu_export.tracing as tracing
 
-    traced: dict[str, Any] = {}
+    traced: dict[tuple[str, int | None], Any] = {}
     trace = tracing.trace
 
     def remembered(spec: Any, axes: Any) -> Any:
-        if spec.name not in traced:
-            traced[spec.name] = trace(spec, axes)
-        return traced[spec.name]
+        key = spec.name, spec.tile
+        if key not in traced:
+            traced[key] = trace(spec, axes)
+        return traced[key]
 
     with patch.object(tracing, "trace", remembered):
         yield
