@@ -76,7 +76,7 @@ class QwenImageEdit:
         settings = folder / "scheduler" / "scheduler_config.json"
         self.scheduler = class_name(settings), read_config(settings)
         self._seen = PictureSettings.read(folder / "processor")
-        self._prompt_tokens = PROMPT_TOKENS
+        self._prompt_tokens, self._pictures = PROMPT_TOKENS, 1  # until a plan says otherwise
         self._check_fit()
 
     def _check_fit(self) -> None:
@@ -125,7 +125,7 @@ class QwenImageEdit:
 
     @property
     def condition_source(self) -> ConditionSource:
-        texts = self._texts(1)
+        texts = self._texts(self._pictures)
         length = sum(map(len, texts)) - DROPPED + self._prompt_tokens
         return ConditionSource(
             TensorSpec("prompt.text", "float32", ("batch", length, self._width)),
@@ -143,7 +143,7 @@ class QwenImageEdit:
                 f"The {self.pipeline_class} takes {_range(self.max_pictures)}",
                 "Correct --images",
             )
-        self._prompt_tokens = limits.text_length or PROMPT_TOKENS
+        self._prompt_tokens, self._pictures = limits.text_length or PROMPT_TOKENS, count
         return _Planner(self, spec, limits, base_prompt).plan()
 
     # What the pipelines differ in.
