@@ -66,6 +66,7 @@ class EditParams(ctypes.Structure):
         ("noise", ctypes.POINTER(Tensor)), ("latents", ctypes.POINTER(Tensor)),
         ("inputs", ctypes.POINTER(Tensor)), ("input_count", _SZ),
         ("progress", Progress), ("progress_user", _P), ("cancel", _P), ("strength", ctypes.c_double),
+        ("photo_count", _SZ),
     ]  # fmt: skip
 
 
@@ -73,7 +74,7 @@ class GenerateParams(ctypes.Structure):
     _fields_ = [
         ("struct_size", _SZ), ("photo", ctypes.POINTER(Pixels)), ("prompt", _S), ("prompt_length", _SZ),
         ("width", _I32), ("height", _I32), ("inputs", ctypes.POINTER(Tensor)), ("input_count", _SZ),
-        ("cancel", _P),
+        ("cancel", _P), ("photo_count", _SZ),
     ]  # fmt: skip
 
 
@@ -84,6 +85,7 @@ class Limits(ctypes.Structure):
         ("size_default_area", ctypes.c_int64),
         ("rank", _I32), ("edits", _I32), ("generates", _I32), ("default_steps", _I32),
         ("sampler_count", _SZ), ("guidance_count", _SZ), ("default_strength", ctypes.c_double),
+        ("photo_count", _SZ),
     ]  # fmt: skip
 
 
@@ -238,6 +240,13 @@ def pixels_of(photo: Array) -> Pixels:
     return Pixels(photo.ctypes.data, photo.shape[1], photo.shape[0], 0)
 
 
+def photo_list(given: Any) -> list[Array]:
+    """The photos of a request: none, one, or several."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list) else [given]
+
+
 def tensor_of(name: str, array: Array) -> Tensor:
     shape = (ctypes.c_int64 * 8)(*array.shape)
     return Tensor(name.encode(), array.ctypes.data, _DTYPES[array.dtype.name], array.ndim, shape)
@@ -276,7 +285,7 @@ class Editor(Handle):
 
     def edit_batch(
         self,
-        requests: Sequence[tuple[Array | None, str | bytes]],
+        requests: Sequence[tuple[Any, str | bytes]],
         *,
         negative_prompt: Sequence[str] | None = None,
         steps: int = 0,
@@ -296,9 +305,10 @@ class Editor(Handle):
         library, count = self.library, len(requests)
         params = library.init(EditParams, "edit")
         params.count = count
-        photos = [photo for photo, _ in requests if photo is not None]
+        photos = [photo for given, _ in requests for photo in photo_list(given)]
         if photos:
-            params.photos = (Pixels * count)(*[pixels_of(photo) for photo in photos])
+            params.photos = (Pixels * len(photos))(*map(pixels_of, photos))
+            params.photo_count = len(photos) // count
         prompts = [p if isinstance(p, bytes) else p.encode() for _, p in requests]
         params.prompts = (_S * count)(*prompts)
         params.prompt_lengths = (_SZ * count)(*map(len, prompts))
@@ -341,12 +351,12 @@ class Editor(Handle):
             pictures.append(np.frombuffer(data, np.uint8).reshape(view.height, view.width, 3))
         return pictures
 
-    def edit(self, photo: Array | None, prompt: str | bytes, **options: Any) -> Array:
+    def edit(self, photo: Any, prompt: str | bytes, **options: Any) -> Array:
         return self.edit_batch([(photo, prompt)], **options)[0]
 
     def generate(
         self,
-        photo: Array | None = None,
+        photo: Any = None,
         prompt: str = "",
         *,
         size: tuple[int, int] = (0, 0),
@@ -354,7 +364,8 @@ class Editor(Handle):
     ) -> Deltas:
         params, made = self.library.init(GenerateParams, "generate"), Deltas(self.library)
         if photo is not None:
-            params.photo = ctypes.pointer(pixels_of(photo))
+            photos = photo_list(photo)
+            params.photo, params.photo_count = (Pixels * len(photos))(*map(pixels_of, photos)), len(photos)
         params.prompt, params.prompt_length = prompt.encode(), len(prompt.encode())
         params.width, params.height = size
         keep = [(name, np.ascontiguousarray(a)) for name, a in (inputs or {}).items()]

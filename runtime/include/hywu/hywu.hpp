@@ -503,10 +503,16 @@ public:
     // The deltas that an edit would use. Of the options: width, height, inputs, cancel.
     Returned<Deltas> generate(Pixels photo, const std::string& prompt, const EditOptions& options = {}) {
         const hywu_pixels pixels = photo;
-        return generate(&pixels, prompt, options);
+        return generate(&pixels, 1, prompt, options);
+    }
+    // Of several photos, for a bundle that takes so many.
+    Returned<Deltas> generate(const std::vector<Pixels>& photos, const std::string& prompt,
+                              const EditOptions& options = {}) {
+        const std::vector<hywu_pixels> pixels(photos.begin(), photos.end());
+        return generate(pixels.data(), pixels.size(), prompt, options);
     }
     // Where inputs stand for what is made of a photo.
-    Returned<Deltas> generate(const EditOptions& options) { return generate(nullptr, "", options); }
+    Returned<Deltas> generate(const EditOptions& options) { return generate(nullptr, 1, "", options); }
 
     Returned<void> warm_up() { return detail::finish(hywu_editor_warm_up(get())); }
     std::string backend() const { return hywu_editor_backend(get()); }
@@ -708,13 +714,14 @@ private:
 #endif
     };
 
-    Returned<Deltas> generate(const hywu_pixels* photo, const std::string& prompt,
+    Returned<Deltas> generate(const hywu_pixels* photos, std::size_t count, const std::string& prompt,
                               const EditOptions& options) {
         hywu_generate_params params = {};
         hywu_status status = hywu_generate_params_init(&params, sizeof params);
         std::vector<hywu_tensor> inputs;
         for (const Tensor& tensor : options.inputs) inputs.push_back(tensor.view());
-        params.photo = photo;
+        params.photo = photos;
+        params.photo_count = count;
         params.prompt = prompt.data();
         params.prompt_length = prompt.size();
         params.width = options.width;
