@@ -33,6 +33,7 @@ from hywu_export.families.hunyuan.model import HunyuanImage3
 from hywu_export.families.hunyuan.schedule import DEFAULT_SHIFT, ShiftedFlowScheduler
 from hywu_export.families.hunyuan.sequence import Suffix, Tokens, read_tokens
 from hywu_export.families.hunyuan.vision import Patches
+from hywu_export.schedules import make_scheduler, sampler_name
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
 from hywu_runtime.errors import InputError, UnsupportedError
 from hywu_runtime.manifest import Call, Guidance, ImagePolicy, ProvidedTensor, State, Zeros
@@ -93,6 +94,16 @@ class HunyuanImage3Instruct:
         return default if value is None else float(value)
 
     @property
+    def sampler(self) -> str:
+        """The name of the checkpoint's own sampler."""
+        return sampler_name(make_scheduler(*self.scheduler))
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of pictures are multiples of, in pixels."""
+        return math.lcm(self.config.downsample, max(self.config.base_size // 16, 1))
+
+    @property
     def _text_length(self) -> int:
         return min(MAX_TEXT, self.config.max_positions // 4)
 
@@ -134,7 +145,8 @@ class HunyuanImage3Instruct:
             TensorSpec("image.latents", "float32", self._source),
             *self._vit,
         ]
-        graph = GraphSpec("condition", graphs.Condition(self.transformer, self.tokens), reads, made)
+        module = graphs.Condition(self.transformer, self.tokens)
+        graph = GraphSpec("condition", module, reads, made, integers=self._integers)
         mask = TensorSpec("sequence.mask", "int64", self._suffix)
         part = Plan(graphs=[graph], program=[Call("condition", "request")])
         return ComputedCondition(part, [*made, mask], graphs.JoinCondition())
@@ -145,7 +157,7 @@ class HunyuanImage3Instruct:
             "batch": Axis(1, limits.max_batch),
             "delta_batch": Axis(1, limits.max_batch, one_or="batch"),
         }
-        multiple = math.lcm(config.downsample, max(config.base_size // 16, 1))
+        multiple = self.multiple
         longest = (limits.max_size or 2 * config.base_size) // multiple * multiple
         shortest = min(max(config.base_size // 2 // multiple, 1) * multiple, longest)
         if longest < 2 * multiple:
@@ -166,6 +178,14 @@ class HunyuanImage3Instruct:
             "latent_height": Axis(of="height", divide=divide),
             "latent_width": Axis(of="width", divide=divide),
         }
+
+    @property
+    def _integers(self) -> dict[str, tuple[int, int]]:
+        """From where to where integers between graphs reach."""
+        ids = (0, self.config.vocab_size)
+        said = [f"{name}.{part}" for name in ("sequence", "base_sequence") for part in ("ids", "unconditional")]
+        grid = (1, math.isqrt(self.config.vision.max_num_patches) + 1)
+        return dict.fromkeys([*said, "size.id"], ids) | {"vit.grid": grid}
 
     def _cache(self, rows: int) -> list[TensorSpec]:
         """Keys and values of every layer, text and photo apart."""
@@ -236,7 +256,7 @@ class HunyuanImage3Instruct:
                     [tensor("input_ids", text, "int64"), tensor("attention_mask", text, "int64")],
                     made,
                 ),
-                GraphSpec("vision", graphs.Vision(network), [patches, grid], [vit]),
+                GraphSpec("vision", graphs.Vision(network), [patches, grid], [vit], integers=self._integers),
                 GraphSpec(
                     "prepare",
                     graphs.Prepare(tokens, config.base_size),
@@ -285,6 +305,7 @@ class HunyuanImage3Instruct:
                     graphs.Prefill(network, tokens, spec, guided),
                     [*prefill, *row, *cached_deltas],
                     cache,
+                    integers=self._integers,
                 ),
                 GraphSpec(
                     f"step{ending}",

@@ -75,7 +75,8 @@ class GraphSpec:
     ``module.forward`` takes the inputs positionally, in the order of ``inputs``, and returns a tuple in the
     order of ``outputs``. Parameters become initializers under their names in ``module``, which are
     ``<component>.<name in the component's checkpoint>``. ``example_sizes`` overrides the size that tracing
-    uses for an axis.
+    uses for an axis. ``integers`` says from where to where (exclusive) integers of an input make sense, for random
+    ones; otherwise they are 0 and 1.
     """
 
     name: str
@@ -83,6 +84,7 @@ class GraphSpec:
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     example_sizes: Mapping[str, int] = field(default_factory=dict)
+    integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def resolve_axis(name: str, axes: Mapping[str, Axis]) -> tuple[str, int]:

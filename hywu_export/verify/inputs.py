@@ -90,6 +90,8 @@ class RandomInputs:
             return self._random.uniform(0.5, 2.0, shape)
         if dtype == np.uint8:
             return self._random.integers(0, 256, shape, np.uint8)
+        if dtype.kind == "i":
+            return self._random.integers(*self._graph.integers.get(name, (0, 2)), shape)
         # The deltas of a trained generator are small beside the weights.
         scale = 0.1 if name.endswith((".lora_A", ".lora_B")) else 1.0
         return self._random.standard_normal(shape) * scale
