@@ -42,7 +42,7 @@ class Limits:
     """What an editor accepts.
 
     ``steps``: sampler to its step counts. ``guidance``: scale to its default. ``rank``: the largest rank of
-    deltas, 0 without deltas.
+    deltas, 0 without deltas. ``outputs``: what `Editor.run` gives.
     """
 
     batch: tuple[int, int]
@@ -54,6 +54,7 @@ class Limits:
     rank: int
     edits: bool
     generates: bool
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class Editor:
             rank=m.deltas.rank if m.deltas is not None else 0,
             edits=m.results.image is not None,
             generates=bool(m.results.deltas),
+            outputs=m.results.outputs,
         )
 
     def edit(
@@ -271,8 +273,8 @@ class Editor:
         if image is None:
             raise UnsupportedError(
                 "This bundle makes no images",
-                "It holds a generator of deltas alone",
-                "Use `generate`, or export with a base",
+                "It holds a generator of deltas alone, or a module that is no editor",
+                "Use `generate` or `run`, or export with a base",
             )
         if output not in ("pil", "array"):
             raise InputError(f"`output` is {show(output)}", "Expected pil or array", "Correct it")
@@ -340,13 +342,59 @@ class Editor:
                 )
         return deltas
 
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        *,
+        outputs: Sequence[str] | None = None,
+        deltas: Deltas | Sequence[Deltas] | None = None,
+        delta_strength: Scale = 1.0,
+        cancel: Cancel | None = None,
+    ) -> dict[str, Array]:
+        """Runs a module that is no image editor (``hywu_export.trace``): tensors in, tensors out.
+
+        Args:
+            inputs: values for tensors of the program, by name, of their dtypes. Their batch is the request's.
+            outputs: which results to compute; None is all that the bundle names.
+            deltas, delta_strength, cancel: as in :meth:`edit_batch`; one entry per sample.
+        Returns:
+            arrays by the names of ``outputs``.
+        Raises:
+            UnsupportedError: this bundle names no outputs.
+            InputError, DeltaError, CancelledError, BundleError, EngineError, DeviceError: as
+                :meth:`edit_batch`.
+        """
+        named = self._manifest.results.outputs
+        if not named:
+            raise UnsupportedError(
+                "This bundle names no outputs",
+                "It makes images or deltas",
+                "Use `edit` or `generate`, or make a bundle with hywu_export.trace",
+            )
+        wanted = tuple(outputs) if outputs is not None else named
+        for name in wanted:
+            if name not in named:
+                raise InputError(
+                    f"This bundle has no output {show(name)}", f"It has: {', '.join(named)}", "Correct `outputs`"
+                )
+        given = self._given(inputs, None)
+        count = self._batch_of(given)
+        samples = self._samples([(None, "")] * count, "", 0, None, None, delta_strength, None)
+        if deltas is not None:
+            given |= self._checked(deltas, count)
+        plan = make_plan(self._manifest, wanted, frozenset(given))
+        given |= self._absent(plan, samples)
+        generated = tuple(
+            name for name in self._manifest.results.deltas if deltas is None and name not in given
+        )
+        return self._run(plan, samples, given, None, None, generated, None, cancel)
+
     def warm_up(self) -> None:
         """Loads what a default request needs, and runs one on a gray photo if no input is missing."""
         m = self._manifest
         guided = bool(m.guidance) and all(g.satisfied(g.default) for g in m.guidance)
-        plan = make_plan(
-            m, [m.results.image] if m.results.image is not None else m.results.deltas, guided=guided
-        )
+        main = [m.results.image] if m.results.image is not None else m.results.outputs
+        plan = make_plan(m, main or m.results.deltas, guided=guided)
         with self._lock:
             self._check_open()
             self._executor.load(plan)

@@ -187,6 +187,7 @@ class Results:
 
     image: Name | None = None
     deltas: tuple[Name, ...] = ()
+    outputs: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True)
