@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from hywu_export.passes.delta_axis import free_delta_axis
 from hywu_export.passes.naming import name_by_scope
 from hywu_export.passes.quiet import quiet
 from hywu_export.tracing.fake import traceable
-from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec, resolve_axis
+from hywu_export.tracing.spec import Axis, GraphSpec, Inferred, TensorSpec, resolve_axis
 from hywu_runtime.errors import UnsupportedError
 
 OPSET = 20
@@ -84,7 +84,7 @@ def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
                 f"The module must work for every size of {', '.join(sizes.named_axes())}",
                 "Correct the limits or the multiple of the axis, or the module's use of its size",
             ) from error
-        symbols = _check_program(spec, sizes, program)
+        symbols, outputs = _check_program(spec, sizes, program)
         try:
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
@@ -100,19 +100,21 @@ def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
     model.ir_version = IR_VERSION
     signature = program.graph_signature
     parameters = {*signature.parameters, *(set(signature.buffers) - set(signature.non_persistent_buffers))}
-    _declare(model, spec, symbols)
+    _declare(model, spec.inputs, outputs, symbols)
     clean(model, parameters)
     if sizes.shared_axes:
         free_delta_axis(model, sizes.shared_axes, spec.name)
     name_by_scope(model, parameters)
-    _sign(model.graph, spec)  # passes may have merged the shape of an output with what they inferred
+    _sign(
+        model.graph, spec.inputs, outputs
+    )  # passes may have merged the shape of an output with what they inferred
     used = [name for name in model.graph.initializers if name in parameters]
     return TracedGraph(
         name=spec.name,
         model=model,
         initializers={name: name for name in used},
         inputs=tuple(spec.inputs),
-        outputs=tuple(spec.outputs),
+        outputs=outputs,
         aliases=_aliases(spec.module, used),
     )
 
@@ -187,8 +189,11 @@ class _Sizes:
         return self._roots[name], self.factors[name]
 
 
-def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> dict[str, str]:
-    """Compares the exported signature with the declared one; returns torch's size expression → axis name."""
+def _check_program(
+    spec: GraphSpec, sizes: _Sizes, program: ExportedProgram
+) -> tuple[dict[str, str], tuple[TensorSpec, ...]]:
+    """Compares the exported signature with the declared one; returns torch's size expression → axis name, and
+    the outputs."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     inputs = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
     outputs = [
@@ -209,11 +214,16 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
             root, factor = sizes.unit_key(declared)
             units.setdefault(root, actual.node.expr / factor)
             names.setdefault(str(actual), declared)
+    found: list[TensorSpec] = []
     for tensor, value in zip(spec.outputs, outputs):
         if not isinstance(value, torch.Tensor):
             raise UnsupportedError(
                 f"Output {tensor.name!r} of graph {spec.name!r} is {value!r}", "Outputs are tensors"
             )
+        if isinstance(tensor, Inferred):
+            found.append(_found(spec, tensor.name, value, names))
+            continue
+        found.append(tensor)
         expected = [_expression(d, sizes, units) for d in tensor.shape]
         actual = [d if isinstance(d, int) else d.node.expr for d in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
@@ -231,7 +241,20 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
                 f"Output {tensor.name!r} of graph {spec.name!r} is {dtype}",
                 f"It is declared as {tensor.dtype}",
             )
-    return names
+    return names, tuple(found)
+
+
+def _found(spec: GraphSpec, name: str, value: torch.Tensor, names: Mapping[str, str]) -> TensorSpec:
+    """An output as it is in the exported program."""
+    sizes: list[Any] = list(value.shape)
+    shape = [size if isinstance(size, int) else names.get(str(size), "") for size in sizes]
+    if "" in shape:
+        raise UnsupportedError(
+            f"Output {name!r} of graph {spec.name!r} has a size of {sizes[shape.index('')]}",
+            f"A free size is that of an axis of the inputs: {', '.join(names.values()) or 'none'}",
+            "Reshape the output in the module, or give its inputs an axis of that size",
+        )
+    return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
 
 
 def _expression(dimension: int | str, sizes: _Sizes, units: Mapping[str, sympy.Expr]) -> Any:
@@ -256,7 +279,9 @@ def _frozen(spec: GraphSpec, tensor: TensorSpec, axis: str, size: int) -> Unsupp
     )
 
 
-def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> None:
+def _declare(
+    model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], symbols: Mapping[str, str]
+) -> None:
     """Gives inputs, outputs and axes their declared names."""
     graph = model.graph
     for value in _values(graph):
@@ -272,12 +297,12 @@ def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> No
             node.outputs[0].type = output.type
             graph.append(node)
             graph.outputs[index] = node.outputs[0]
-    _sign(graph, spec)
+    _sign(graph, inputs, outputs)
 
 
-def _sign(graph: ir.Graph, spec: GraphSpec) -> None:
+def _sign(graph: ir.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     """Writes the signature, which :func:`_check_program` found to be true, onto inputs and outputs."""
-    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+    for values, tensors in ((graph.inputs, inputs), (graph.outputs, outputs)):
         for value, tensor in zip(values, tensors):
             value.name = tensor.name
             value.shape = ir.Shape(list(tensor.shape))
