@@ -375,7 +375,9 @@ class Editor:
         for name in wanted:
             if name not in named:
                 raise InputError(
-                    f"This bundle has no output {show(name)}", f"It has: {', '.join(named)}", "Correct `outputs`"
+                    f"This bundle has no output {show(name)}",
+                    f"It has: {', '.join(named)}",
+                    "Correct `outputs`",
                 )
         given = self._given(inputs, None)
         count = self._batch_of(given)
