@@ -237,7 +237,7 @@ class _Job:
 
         plan, options = self.plan, self.options
         licences = [
-            _add_source(writer, source, folder)
+            add_source(writer, source, folder)
             for source, folder in self.folders.items()
             if folder is not None
         ]
@@ -478,7 +478,7 @@ def _open_tokenizer(encoding: TextEncoding) -> tuple[bytes, int]:
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "license.txt", "NOTICE")
 
 
-def _add_source(writer: BundleWriter, source: str, folder: Path) -> Licence:
+def add_source(writer: BundleWriter, source: str, folder: Path) -> Licence:
     """Declare a source and carry its licence: the name from the model card, the text from its file."""
     licence = None
     card = folder / "README.md"

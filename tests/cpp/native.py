@@ -78,6 +78,15 @@ class GenerateParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class RunParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", _SZ), ("inputs", ctypes.POINTER(Tensor)), ("input_count", _SZ),
+        ("outputs", ctypes.POINTER(_S)), ("output_count", _SZ), ("delta_strength", ctypes.c_double),
+        ("delta_strengths", ctypes.POINTER(ctypes.c_double)), ("strength_count", _SZ),
+        ("deltas", ctypes.POINTER(_P)), ("delta_count", _SZ), ("cancel", _P),
+    ]  # fmt: skip
+
+
 class Limits(ctypes.Structure):
     _fields_ = [
         ("struct_size", _SZ), ("batch_min", _I32), ("batch_max", _I32), ("has_size", _I32),
@@ -122,26 +131,26 @@ class Library:
         texts = (
             "version_string", "status_name", "last_error", "last_error_part", "backend", "backend_missing",
             "bundle_name", "bundle_variant", "bundle_engine", "editor_backend", "editor_sampler",
-            "editor_guidance",
+            "editor_guidance", "editor_output",
         )  # fmt: skip
         for name in texts:
             getattr(lib, f"hywu_{name}").restype = _S
-        for name in ("images_count", "deltas_count"):
+        for name in ("images_count", "deltas_count", "tensors_count"):
             getattr(lib, f"hywu_{name}").restype = _SZ
         for name in ("deltas_rank", "deltas_batch"):
             getattr(lib, f"hywu_{name}").restype = ctypes.c_int64
-        for name in ("bundle", "editor", "images", "deltas", "cancel"):
+        for name in ("bundle", "editor", "images", "deltas", "tensors", "cancel"):
             function = getattr(lib, f"hywu_{name}_free")
             function.restype, function.argtypes = None, [_P]
         for name in ("cancel_request", "cancel_reset"):
             function = getattr(lib, f"hywu_{name}")
             function.restype, function.argtypes = None, [_P]
         lib.hywu_backend.argtypes = [_SZ]
-        for name in ("bundle_variant", "bundle_engine", "editor_sampler"):
+        for name in ("bundle_variant", "bundle_engine", "editor_sampler", "editor_output"):
             getattr(lib, f"hywu_{name}").argtypes = [_P, _SZ]
         lib.hywu_bundle_name.argtypes = lib.hywu_editor_backend.argtypes = [_P]
         lib.hywu_editor_guidance.argtypes = [_P, _SZ, ctypes.POINTER(ctypes.c_double)]
-        for name in ("images_count", "deltas_count", "deltas_rank", "deltas_batch"):
+        for name in ("images_count", "deltas_count", "tensors_count", "deltas_rank", "deltas_batch"):
             getattr(lib, f"hywu_{name}").argtypes = [_P]
 
     def check(self, name: str, *arguments: Any) -> None:
@@ -228,9 +237,7 @@ class Deltas(Handle):
         for i in range(self.library.lib.hywu_deltas_count(self.pointer)):
             tensor = Tensor()
             self.library.check("deltas_tensor", self.pointer, _SZ(i), ctypes.byref(tensor))
-            shape = tuple(tensor.shape[: tensor.rank])
-            data = ctypes.string_at(tensor.data, 4 * int(np.prod(shape)))
-            found[tensor.name.decode()] = np.frombuffer(data, np.float32).reshape(shape)
+            found[tensor.name.decode()] = array_of(tensor)
         return found
 
 
@@ -250,6 +257,14 @@ def photo_list(given: Any) -> list[Array]:
 def tensor_of(name: str, array: Array) -> Tensor:
     shape = (ctypes.c_int64 * 8)(*array.shape)
     return Tensor(name.encode(), array.ctypes.data, _DTYPES[array.dtype.name], array.ndim, shape)
+
+
+def array_of(tensor: Tensor) -> Array:
+    """A copy of what the library holds."""
+    dtype = np.dtype(next(name for name, number in _DTYPES.items() if number == tensor.dtype))
+    shape = tuple(tensor.shape[: tensor.rank])
+    data = ctypes.string_at(tensor.data, dtype.itemsize * int(np.prod(shape)))
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def tensor_list(named: Sequence[tuple[str, Array]]) -> Any:
@@ -372,6 +387,40 @@ class Editor(Handle):
         params.inputs, params.input_count = tensor_list(keep), len(keep)
         self.library.check("generate", self.pointer, ctypes.byref(params), made.out())
         return made
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        *,
+        outputs: Sequence[str] = (),
+        deltas: Sequence[Deltas] = (),
+        delta_strength: float | Sequence[float] = 1.0,
+    ) -> dict[str, Array]:
+        library, params = self.library, self.library.init(RunParams, "run")
+        keep = [(name, np.ascontiguousarray(a)) for name, a in inputs.items()]
+        params.inputs, params.input_count = tensor_list(keep), len(keep)
+        params.outputs = (_S * len(outputs))(*[name.encode() for name in outputs])
+        params.output_count = len(outputs)
+        if isinstance(delta_strength, (int, float)):
+            params.delta_strength = delta_strength
+        else:
+            params.delta_strengths = (ctypes.c_double * len(delta_strength))(*delta_strength)
+            params.strength_count = len(delta_strength)
+        params.deltas, params.delta_count = (_P * len(deltas))(*[d.pointer for d in deltas]), len(deltas)
+        tensors = Handle(library, "tensors")
+        library.check("run", self.pointer, ctypes.byref(params), tensors.out())
+        made = {}
+        for i in range(library.lib.hywu_tensors_count(tensors.pointer)):
+            tensor = Tensor()
+            library.check("tensors_get", tensors.pointer, _SZ(i), ctypes.byref(tensor))
+            made[tensor.name.decode()] = array_of(tensor)
+        return made
+
+    def outputs(self) -> list[str]:
+        found: list[str] = []
+        while (name := self.library.lib.hywu_editor_output(self.pointer, _SZ(len(found)))) is not None:
+            found.append(name.decode())
+        return found
 
     def warm_up(self) -> None:
         self.library.check("editor_warm_up", self.pointer)
