@@ -363,18 +363,17 @@ class Parity:
             )
             assert lint(ir.load(self.bundles / bundle / entry.file), axes, inputs, outputs) == [], name
 
-    def check_tensorrt_rtx(self, bundle: str = "own", graphs: Sequence[str] = ()) -> None:
-        """TensorRT-RTX parses and compiles graphs, all if none is named. It needs no GPU for that."""
+    def check_tensorrt_rtx(self) -> None:
+        """TensorRT-RTX parses and compiles every graph. It needs no GPU for that."""
         from hywu_export.engines.shapes import ShapeOptions, engine_shapes, profile
         from hywu_export.engines.tensorrt import Settings, TensorRT
 
         settings = Settings(compute_capabilities=("8.9",))
         shapes = engine_shapes(self.manifest, list(self.manifest.graphs), ShapeOptions())
-        for name in graphs or self.manifest.graphs:
-            entry = self.manifest.graphs[name]
+        for name, entry in self.manifest.graphs.items():
             with open(os.devnull, "w") as log:
                 compiler = TensorRT("tensorrt-rtx", log)
-                network = compiler.parse(self.bundles / bundle / entry.file)
+                network = compiler.parse(self.bundle / entry.file)
                 plan = compiler.compile(network, profile(self.manifest, entry.inputs, shapes), settings)
                 assert len(plan) > 0, name
 
