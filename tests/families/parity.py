@@ -426,18 +426,18 @@ def add_adapter(
 
     for component, part in by_component(denoiser, deltas).items():
         module = getattr(pipe, component)
-        paths = [key.removesuffix(".lora_A") for key in part if key.endswith(".lora_A")]
+        there = dict(module.named_modules())
+        named = [key.removesuffix(".lora_A") for key in part if key.endswith(".lora_A")]
+        # Deltas of CLIP have a level that the module may not have.
+        paths = {path: path if path in there else path.removeprefix("text_model.") for path in named}
         ranks = {part[f"{path}.lora_A"].shape[1] for path in paths}
         assert len(ranks) == 1, "targets of one rank are asked for"
         rank = ranks.pop()
         # lora_alpha is declared to be an integer, but is only ever divided by the rank.
-        module.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank * strength, target_modules=paths), adapter_name=name
-        )
-        wrapped = {path for path, found in module.named_modules() if hasattr(found, "lora_A")}
-        assert set(paths) <= wrapped
-        for path in paths:
-            layer = module.get_submodule(path)
+        config = LoraConfig(r=rank, lora_alpha=rank * strength, target_modules=list(paths.values()))
+        module.add_adapter(config, adapter_name=name)
+        for path, place in paths.items():
+            layer = module.get_submodule(place)
             for side in ("lora_A", "lora_B"):
                 weight = getattr(layer, side)[name].weight
                 value = torch.from_numpy(part[f"{path}.{side}"][0].copy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -161,7 +162,11 @@ def test_the_size_is_told_to_the_unet(parity: Parity) -> None:
 
 def test_adapters(parity: Parity, tmp_path: Path) -> None:
     deltas = parity.deltas()
-    assert {name.partition(".")[0] for name in deltas} >= {"text_encoder", "text_encoder_2"}
+    taken = {tensor.name for tensor in parity.manifest.graphs["text_encoder"].inputs}
+    for encoder, used in (("text_encoder", {"0"}), ("text_encoder_2", {"0", "1"})):
+        layers = rf"{encoder}\.text_model\.encoder\.layers\.(\d)\..*lora_B"
+        assert set(re.findall(layers, "\n".join(deltas))) == {"0", "1"}
+        assert set(re.findall(layers, "\n".join(taken))) == used
     parity.check(parity.request(["make it sepia"], negative=["ugly"]), deltas, 0.7)
     parity.check_per_sample(parity.request(["make it sepia", "a cat"]))
     parity.check_lora_file(parity.request(["a cat"], guidance={"text": 1.0}), tmp_path)
