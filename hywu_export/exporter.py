@@ -21,13 +21,11 @@ if TYPE_CHECKING:
     from hywu_export.families.base import Family, Limits, Plan
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
-    from hywu_export.tracing.tracer import TracedGraph
 
 log = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 20
 DEFAULT_RANK = 16
-GATE = "gate"
 SCHEDULE_FILE = "schedule.safetensors"
 
 Progress = Callable[[str, int, int], None]
@@ -177,28 +175,9 @@ class _Job:
         from hywu_export.passes import check
         from hywu_export.tracing import trace
 
-        traced = self._without_unread(trace(graph, self.plan.axes))
+        traced = trace(graph, self.plan.axes)
         check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
         writer.add_graph(traced)
-
-    def _without_unread(self, traced: TracedGraph) -> TracedGraph:
-        """The graph without deltas, and without a gate, that it does not read: of layers that nothing uses.
-
-        LoRA files have some: of a text encoder's last layer, where the pipeline takes the last but one.
-        """
-        deltas = {*self.spec.tensors(), GATE} if self.spec is not None else set()
-        values = {value.name: value for value in traced.model.graph.inputs}
-        read = {name for name, value in values.items() if name not in deltas or value.uses()}
-        unread = [tensor.name for tensor in traced.inputs if tensor.name not in read]
-        if not unread:
-            return traced
-        log.info(
-            "Nothing reads %s in the graph %s: these deltas change nothing", ", ".join(unread), traced.name
-        )
-        for name in unread:
-            if name in values:
-                traced.model.graph.inputs.remove(values[name])
-        return replace(traced, inputs=tuple(tensor for tensor in traced.inputs if tensor.name in read))
 
     def sections(self, writer: BundleWriter) -> dict[str, object]:
         """Add weights and files to the writer; return the sections of the manifest that it cannot know."""

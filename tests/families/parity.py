@@ -363,17 +363,18 @@ class Parity:
             )
             assert lint(ir.load(self.bundles / bundle / entry.file), axes, inputs, outputs) == [], name
 
-    def check_tensorrt_rtx(self) -> None:
-        """TensorRT-RTX parses and compiles every graph. It needs no GPU for that."""
+    def check_tensorrt_rtx(self, bundle: str = "own", graphs: Sequence[str] = ()) -> None:
+        """TensorRT-RTX parses and compiles graphs, all if none is named. It needs no GPU for that."""
         from hywu_export.engines.shapes import ShapeOptions, engine_shapes, profile
         from hywu_export.engines.tensorrt import Settings, TensorRT
 
         settings = Settings(compute_capabilities=("8.9",))
         shapes = engine_shapes(self.manifest, list(self.manifest.graphs), ShapeOptions())
-        for name, entry in self.manifest.graphs.items():
+        for name in graphs or self.manifest.graphs:
+            entry = self.manifest.graphs[name]
             with open(os.devnull, "w") as log:
                 compiler = TensorRT("tensorrt-rtx", log)
-                network = compiler.parse(self.bundle / entry.file)
+                network = compiler.parse(self.bundles / bundle / entry.file)
                 plan = compiler.compile(network, profile(self.manifest, entry.inputs, shapes), settings)
                 assert len(plan) > 0, name
 
@@ -426,18 +427,18 @@ def add_adapter(
 
     for component, part in by_component(denoiser, deltas).items():
         module = getattr(pipe, component)
-        there = dict(module.named_modules())
-        named = [key.removesuffix(".lora_A") for key in part if key.endswith(".lora_A")]
-        # Deltas of CLIP have a level that the module may not have.
-        paths = {path: path if path in there else path.removeprefix("text_model.") for path in named}
+        paths = [key.removesuffix(".lora_A") for key in part if key.endswith(".lora_A")]
         ranks = {part[f"{path}.lora_A"].shape[1] for path in paths}
         assert len(ranks) == 1, "targets of one rank are asked for"
         rank = ranks.pop()
         # lora_alpha is declared to be an integer, but is only ever divided by the rank.
-        config = LoraConfig(r=rank, lora_alpha=rank * strength, target_modules=list(paths.values()))
-        module.add_adapter(config, adapter_name=name)
-        for path, place in paths.items():
-            layer = module.get_submodule(place)
+        module.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank * strength, target_modules=paths), adapter_name=name
+        )
+        wrapped = {path for path, found in module.named_modules() if hasattr(found, "lora_A")}
+        assert set(paths) <= wrapped
+        for path in paths:
+            layer = module.get_submodule(path)
             for side in ("lora_A", "lora_B"):
                 weight = getattr(layer, side)[name].weight
                 value = torch.from_numpy(part[f"{path}.{side}"][0].copy())
