@@ -396,11 +396,11 @@ def _traced_once() -> Iterator[None]:
 
     import hywu_export.tracing as tracing
 
-    traced: dict[tuple[str, int | None], Any] = {}
+    traced: dict[Any, Any] = {}
     trace = tracing.trace
 
     def remembered(spec: Any, axes: Any) -> Any:
-        key = spec.name, spec.tile
+        key = spec.name, spec.tile, tuple(value.name for value in spec.inputs)
         if key not in traced:
             traced[key] = trace(spec, axes)
         return traced[key]
@@ -428,6 +428,8 @@ def add_adapter(
 
     for component, part in by_component(denoiser, deltas).items():
         module = getattr(pipe, component)
+        if not hasattr(module, "text_model"):  # a level of CLIP in deltas, in modules by the version
+            part = {key.removeprefix("text_model."): array for key, array in part.items()}
         paths = [key.removesuffix(".lora_A") for key in part if key.endswith(".lora_A")]
         ranks = {part[f"{path}.lora_A"].shape[1] for path in paths}
         assert len(ranks) == 1, "targets of one rank are asked for"
