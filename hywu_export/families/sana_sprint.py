@@ -218,7 +218,7 @@ class SanaSprint:
                 "Fetch the checkpoint whole",
             ) from error
 
-    def schedule(self, sampler: str, max_steps: int) -> ScheduleTable:
+    def schedule(self, sampler: str | type, max_steps: int) -> ScheduleTable:
         scheduler = make_scheduler(sampler, self.scheduler[1])
         if type(scheduler).__name__ != "SCMScheduler":
             raise UnsupportedError(

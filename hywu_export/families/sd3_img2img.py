@@ -249,7 +249,7 @@ class StableDiffusion3Img2Img:
             TensorSpec("image.latents", "float32", self._latents),
         )
 
-    def schedule(self, sampler: str, max_steps: int) -> ScheduleTable:
+    def schedule(self, sampler: str | type, max_steps: int) -> ScheduleTable:
         scheduler = make_scheduler(sampler, self.scheduler[1])
         kind = type(scheduler).__name__
         if not kind.startswith("FlowMatch") and not scheduler.config.get("use_flow_sigmas"):
