@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hywu_runtime.errors import CheckpointError, InputError
+from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
 from hywu_runtime.manifest import Guidance, Licence, Manifest, Results, Sampler, Schedules, Tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class ExportOptions:
         max_steps: largest step count in the schedule.
         steps, guidance: defaults of an edit.
         max_batch, max_size, size: limits, and the side in pixels of the default working area.
+        vae_tile: side in pixels of the VAE's tiles, if pictures may be larger.
         link_weights: leave the weights in the checkpoints.
         overwrite: replace an existing bundle.
     """
@@ -58,11 +59,12 @@ class ExportOptions:
     max_batch: int = 8
     max_size: int | None = None
     size: int | None = None
+    vae_tile: int | None = None
     link_weights: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rank", "max_steps", "steps", "max_batch", "max_size", "size"):
+        for name in ("max_rank", "max_steps", "steps", "max_batch", "max_size", "size", "vae_tile"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}", "Expected 1 or more", "Choose another value")
@@ -145,8 +147,9 @@ class _Job:
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         area = None if options.size is None else options.size**2
-        limits = Limits(options.max_batch, options.max_size, area)
+        limits = Limits(options.max_batch, options.max_size, area, options.vae_tile)
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
+        _check_tiles(self.plan, options.vae_tile)
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
         self.tokenizers = {
@@ -309,13 +312,25 @@ def make_plan(
 
 
 def _refuse_options_of_a_base(options: ExportOptions) -> None:
-    for name in ("targets", "loras", "samplers", "steps", "max_size", "size"):
+    for name in ("targets", "loras", "samplers", "steps", "max_size", "size", "vae_tile"):
         if getattr(options, name):
             raise InputError(
                 f"The option {name} was given without a base",
                 "A generator alone has no targets, no sampler and no pictures",
                 "Leave it out, or give the base",
             )
+
+
+def _check_tiles(plan: Plan, tile: int | None) -> None:
+    """Tiles that were asked for are made, unless every picture fits into one."""
+    if tile is None or plan.image is None or plan.image.max <= tile:
+        return
+    if all(graph.tile is None for graph in plan.graphs):
+        raise UnsupportedError(
+            f"Tiles of {tile} pixels were asked for",
+            "This family's VAE takes a picture as a whole",
+            "Leave out --vae-tile",
+        )
 
 
 def _matching(family: Family, patterns: Sequence[str], rank: int) -> DeltaSpec:

@@ -72,6 +72,12 @@ _PIXELS = click.IntRange(1, 65536)
 )
 @click.option("--max-size", type=_PIXELS, metavar="PIXELS", help="Longest side of a picture.")
 @click.option("--size", type=_PIXELS, metavar="PIXELS", help="Side of the default working area.")
+@click.option(
+    "--vae-tile",
+    type=_PIXELS,
+    metavar="PIXELS",
+    help="Let the VAE work in tiles of this side, for large pictures in little memory.",
+)
 @click.option("--link-weights", is_flag=True, help="Leave the weights in the checkpoints.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, in one step at the end.")
 @json_option
@@ -79,7 +85,7 @@ def export(
     base: str | None, generator: str | None, out: str, targets: tuple[str, ...], loras: tuple[str, ...],
     max_rank: int | None, schedulers: tuple[str, ...], max_steps: int, steps: int | None,
     guidance: float | None, image_guidance: float | None, batch: int, max_size: int | None, size: int | None,
-    link_weights: bool, overwrite: bool, as_json: bool,
+    vae_tile: int | None, link_weights: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a bundle from a base pipeline, a generator, or both.
 
@@ -105,7 +111,8 @@ def export(
         targets=targets, loras=tuple(map(Path, loras)), max_rank=max_rank, samplers=schedulers,
         max_steps=max_steps, steps=steps,
         guidance={name: scale for name, scale in scales.items() if scale is not None},
-        max_batch=batch, max_size=max_size, size=size, link_weights=link_weights, overwrite=overwrite,
+        max_batch=batch, max_size=max_size, size=size, vae_tile=vae_tile, link_weights=link_weights,
+        overwrite=overwrite,
     )  # fmt: skip
     found: list[dict[str, Any]] = []
     with progress_bar() as show:

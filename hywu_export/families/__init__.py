@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REGISTRY = {  # pipeline class in model_index.json → module:class
     "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2Pix",
+    "StableDiffusionXLInstructPix2PixPipeline": "sdxl_instruct_pix2pix:SdxlInstructPix2Pix",
 }
 
 

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels."""
+    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels.
+
+    VAEs work in tiles of at most ``tile`` pixels a side if a picture may be larger.
+    """
 
     max_batch: int = 8
     max_size: int | None = None
     area: int | None = None
+    tile: int | None = None
 
 
 @dataclass(frozen=True)

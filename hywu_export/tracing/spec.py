@@ -11,6 +11,7 @@ from hywu_runtime.errors import UnsupportedError
 if TYPE_CHECKING:
     from torch import nn
 
+TILE = "hywu.tile"
 DTYPES = ("uint8", "int32", "int64", "float16", "float32")
 
 
@@ -69,7 +70,8 @@ class GraphSpec:
     ``module.forward`` takes the inputs positionally, in the order of ``inputs``, and returns a tuple in the
     order of ``outputs``. Parameters become initializers under their names in ``module``, which are
     ``<component>.<name in the component's checkpoint>``. ``example_sizes`` overrides the size that tracing
-    uses for an axis.
+    uses for an axis. ``tile`` is the largest side, in pixels, of the tiles that the module cuts a picture
+    into; the graph has it as the metadata property `TILE`.
     """
 
     name: str
@@ -77,6 +79,7 @@ class GraphSpec:
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     example_sizes: Mapping[str, int] = field(default_factory=dict)
+    tile: int | None = None
 
 
 def resolve_axis(name: str, axes: Mapping[str, Axis]) -> tuple[str, int]:

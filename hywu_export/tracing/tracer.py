@@ -21,7 +21,7 @@ from hywu_export.passes.delta_axis import free_delta_axis
 from hywu_export.passes.naming import name_by_scope
 from hywu_export.passes.quiet import quiet
 from hywu_export.tracing.fake import traceable
-from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec, resolve_axis
+from hywu_export.tracing.spec import TILE, Axis, GraphSpec, TensorSpec, resolve_axis
 from hywu_runtime.errors import UnsupportedError
 
 OPSET = 20
@@ -105,6 +105,8 @@ def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
     if sizes.shared_axes:
         free_delta_axis(model, sizes.shared_axes, spec.name)
     name_by_scope(model, parameters)
+    if spec.tile is not None:
+        model.metadata_props[TILE] = str(spec.tile)
     _sign(model.graph, spec)  # passes may have merged the shape of an output with what they inferred
     used = [name for name in model.graph.initializers if name in parameters]
     return TracedGraph(
@@ -199,6 +201,7 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
             f"Graph {spec.name!r} returns {len(outputs)} tensors", f"It declares {len(spec.outputs)} outputs"
         )
     units: dict[str, sympy.Expr] = {}  # root axis → its unit, in torch's symbols
+    same: dict[sympy.Expr, sympy.Expr] = {}  # torch may give one axis a symbol for each input that has it
     names: dict[str, str] = {}
     for tensor, value in zip(spec.inputs, inputs):
         for declared, actual in zip(tensor.shape, value.shape):
@@ -207,7 +210,8 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
             if isinstance(actual, int):
                 raise _frozen(spec, tensor, declared, actual)
             root, factor = sizes.unit_key(declared)
-            units.setdefault(root, actual.node.expr / factor)
+            unit = actual.node.expr / factor
+            same[unit] = units.setdefault(root, unit)
             names.setdefault(str(actual), declared)
     for tensor, value in zip(spec.outputs, outputs):
         if not isinstance(value, torch.Tensor):
@@ -215,7 +219,7 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
                 f"Output {tensor.name!r} of graph {spec.name!r} is {value!r}", "Outputs are tensors"
             )
         expected = [_expression(d, sizes, units) for d in tensor.shape]
-        actual = [d if isinstance(d, int) else d.node.expr for d in value.shape]
+        actual = [d if isinstance(d, int) else d.node.expr.subs(same) for d in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
         if len(expected) != len(actual) or any(sympy.simplify(e - a) != 0 for e, a in zip(expected, actual)):
             for declared, size in zip(tensor.shape, actual):

@@ -92,7 +92,7 @@ def _known(
 def _against_torch(bundle: Bundle, folders: Mapping[str, Path], tell: Progress) -> list[Check]:
     from hywu_export.verify.original import Original, check_edit, check_graph
 
-    original: Original = Original(bundle.manifest, folders.get("base"), folders.get("generator"))
+    original: Original = Original(bundle, folders.get("base"), folders.get("generator"))
     total = len(original.plan.graphs) + 1
     checks = []
     for done, graph in enumerate(original.plan.graphs):

@@ -27,7 +27,7 @@ PART = "torch"
 class Original:
     """The torch side of a bundle: its plan, rebuilt from the checkpoints by what the manifest says."""
 
-    def __init__(self, manifest: Manifest, base: Path | None, generator: Path | None):
+    def __init__(self, bundle: Bundle, base: Path | None, generator: Path | None):
         from hywu_export.deltas import DeltaSpec
         from hywu_export.exporter import make_plan
         from hywu_export.families import open_base
@@ -35,6 +35,7 @@ class Original:
         from hywu_export.families.generator import GeneratorPart
         from hywu_runtime.codec import encode
 
+        manifest = bundle.manifest
         self.family: Family | None = None if base is None else open_base(base)
         part: GeneratorPart | None = None if generator is None else GeneratorPart(generator)
         spec = None if manifest.deltas is None else DeltaSpec.from_manifest(encode(manifest.deltas))
@@ -43,6 +44,7 @@ class Original:
             batch or 1,
             policy.max if policy is not None else None,
             policy.default_area if policy is not None else None,
+            _tile(bundle),
         )
         rows = [t.shape[0] for t in manifest.tensors.values() if t.column == "coefficients"]
         width = rows[0] if rows and isinstance(rows[0], int) else 0
@@ -54,9 +56,21 @@ class Original:
             self.weights.update(part.weights)
 
 
+def _tile(bundle: Bundle) -> int | None:
+    """The side of the VAE's tiles, which its graph knows alone."""
+    import onnx_ir as ir
+
+    from hywu_export.tracing.spec import TILE
+
+    last = {call.graph for call in bundle.manifest.program if call.phase == "final"}
+    found = (ir.load(bundle.file(bundle.manifest.graphs[name].file)).metadata_props for name in last)
+    return next((int(properties[TILE]) for properties in found if TILE in properties), None)
+
+
 def base_prompt(manifest: Manifest) -> str | None:
     """What the base is told instead of the instruction; None if it is told the instruction."""
-    return next((t.constant for t in manifest.tensors.values() if t.constant is not None), None)
+    texts = (t.constant for name, t in manifest.tensors.items() if name.startswith("base_prompt."))
+    return next((text for text in texts if text is not None), None)
 
 
 def check_graph(bundle: Bundle, graph: GraphSpec, original: Original) -> Check:
