@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hywu_export.families.base import Family, Limits, Plan
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
+    from hywu_export.tracing import GraphSpec, TracedGraph
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class _Job:
         self.spec: DeltaSpec | None = None
         self.tables: dict[str, ScheduleTable] = {}
         self.loras: list[Resolved] = []
+        self._unread: set[str] = set()
         columns, base_prompt = 0, None
         if self.family is None:
             _refuse_options_of_a_base(options)
@@ -148,7 +150,8 @@ class _Job:
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         area = None if options.size is None else options.size**2
         limits = Limits(options.max_batch, options.max_size, area, options.vae_tile)
-        self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
+        self._planning = (self.family, self.generator, self.spec, limits, base_prompt, columns)
+        self.plan = make_plan(*self._planning)
         _check_tiles(self.plan, options.vae_tile)
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
@@ -168,16 +171,39 @@ class _Job:
         catalogue = Catalogue.from_modules(modules, family.denoiser)
         self.loras = [resolve(path, catalogue) for path in options.loras]
         spec = catalogue.spec(self.loras, rank or 1)
-        patterns = options.targets or (() if options.loras else family.default_targets)
-        return spec.union(_matching(family, patterns, rank or DEFAULT_RANK))
+        others = [name for name in modules if name != family.denoiser]
+        if options.targets:
+            spec = spec.union(_matching(family, options.targets, rank or DEFAULT_RANK))
+        if not spec.without(*others).targets:
+            # Also beside those of text encoders alone: the denoiser's graphs read the gate.
+            rank = rank or spec.rank or DEFAULT_RANK
+            spec = spec.union(_matching(family, family.default_targets, rank))
+        return spec
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
         from hywu_export.passes import check
-        from hywu_export.tracing import trace
 
-        traced = trace(graph, self.plan.axes)
+        traced = self._traced(graph.name)
         check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
         writer.add_graph(traced)
+
+    def _traced(self, name: str) -> TracedGraph:
+        """A graph of the plan, without the deltas that no output of it depends on.
+
+        Models have such modules: the last layer of a text encoder of which an earlier layer's output is
+        used. LoRA files change them all the same, so the bundle takes their deltas, and no graph reads them.
+        """
+        from hywu_export.tracing import trace
+
+        traced = trace(_named(self.plan, name), self.plan.axes)
+        deltas = set() if self.spec is None else set(self.spec.tensors())
+        unread = {v.name or "" for v in traced.model.graph.inputs if not v.uses()} & deltas
+        if not unread:
+            return traced
+        self._unread |= {delta.rpartition(".")[0] for delta in unread}
+        log.info("Without effect in %s: deltas of %s", name, ", ".join(sorted(self._unread)))
+        self.plan = make_plan(*self._planning, unread=self._unread)
+        return trace(_named(self.plan, name), self.plan.axes)
 
     def sections(self, writer: BundleWriter) -> dict[str, object]:
         """Add weights and files to the writer; return the sections of the manifest that it cannot know."""
@@ -290,11 +316,13 @@ def make_plan(
     limits: Limits,
     base_prompt: str | None,
     coefficients: int,
+    unread: Collection[str] = (),
 ) -> Plan:
     """The plan of a bundle of ``family`` with its ``spec``, of ``generator``, or of both.
 
-    The rest is as for `Family.plan`.
+    ``unread`` are targets whose deltas no graph is to read. The rest is as for `Family.plan`.
     """
+    from hywu_export.deltas import DeltaSpec
     from hywu_export.families.component_deltas import add_component_deltas
     from hywu_export.tracing import Axis
 
@@ -304,11 +332,16 @@ def make_plan(
         plan.axes["batch"] = Axis(1, limits.max_batch)
         return plan
     others = [name for name in family.components if name != family.denoiser]
-    plan = family.plan(spec.without(*others), limits, base_prompt, coefficients)
-    add_component_deltas(plan, spec, others)
+    read = DeltaSpec(tuple(target for target in spec.targets if target.module not in unread))
+    plan = family.plan(read.without(*others), limits, base_prompt, coefficients)
+    add_component_deltas(plan, read, others)
     if generator is not None:
         plan.add(generator.plan(spec, family.condition_source))
     return plan
+
+
+def _named(plan: Plan, name: str) -> GraphSpec:
+    return next(graph for graph in plan.graphs if graph.name == name)
 
 
 def _refuse_options_of_a_base(options: ExportOptions) -> None:

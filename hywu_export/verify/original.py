@@ -48,7 +48,9 @@ class Original:
         )
         rows = [t.shape[0] for t in manifest.tensors.values() if t.column == "coefficients"]
         width = rows[0] if rows and isinstance(rows[0], int) else 0
-        self.plan: Plan = make_plan(self.family, part, spec, limits, base_prompt(manifest), width)
+        reads = {value.name for graph in manifest.graphs.values() for value in graph.inputs}
+        unread = [t.module for t in (spec.targets if spec is not None else ()) if t.a_name not in reads]
+        self.plan: Plan = make_plan(self.family, part, spec, limits, base_prompt(manifest), width, unread)
         self.weights: dict[str, WeightSource] = {}
         if self.family is not None:
             self.weights |= {name: component.tensors for name, component in self.family.components.items()}

@@ -110,7 +110,14 @@ CASE = Case(
     "StableDiffusionXLInstructPix2PixPipeline",
     make_base,
     call,
-    ExportOptions(samplers=("euler", "euler_a"), max_rank=4, max_steps=4, max_batch=2, max_size=96),
+    ExportOptions(
+        targets=["to_q", "to_k", "to_v", "to_out.0", "text_encoder.q_proj", "text_encoder_2.fc1"],
+        samplers=("euler", "euler_a"),
+        max_rank=4,
+        max_steps=4,
+        max_batch=2,
+        max_size=96,
+    ),
     more={"tiled": {"vae_tile": 64}},  # of a picture of 96 pixels 2 by 2, sharing 16 pixels
     load={"add_watermarker": False},
 )
@@ -149,9 +156,7 @@ def test_the_size_is_told_to_the_unet(parity: Parity) -> None:
 
 
 def test_adapters(parity: Parity, tmp_path: Path) -> None:
-    assert {name.rsplit(".lora_", 1)[0].rpartition("attn")[2] for name in parity.deltas()} == {
-        f"{number}.{end}" for number in "12" for end in ("to_q", "to_k", "to_v", "to_out.0")
-    }
+    assert {name.partition(".")[0] for name in parity.deltas()} >= {"text_encoder", "text_encoder_2"}
     parity.check(parity.request(["make it sepia"], negative=["ugly"]), parity.deltas(), 0.7)
     parity.check_per_sample(parity.request(["make it sepia", "a cat"]))
     parity.check_lora_file(parity.request(["a cat"], guidance={"text": 1.0}), tmp_path)
