@@ -395,11 +395,11 @@ def _traced_once() -> Iterator[None]:
 
     import hywu_export.tracing as tracing
 
-    traced: dict[tuple[str, int | None], Any] = {}
+    traced: dict[Any, Any] = {}
     trace = tracing.trace
 
     def remembered(spec: Any, axes: Any) -> Any:
-        key = spec.name, spec.tile
+        key = spec.name, spec.tile, tuple(value.name for value in spec.inputs)
         if key not in traced:
             traced[key] = trace(spec, axes)
         return traced[key]
