@@ -427,9 +427,7 @@ def add_adapter(
 
     for component, part in by_component(denoiser, deltas).items():
         module = getattr(pipe, component)
-        if not hasattr(
-            module, "text_model"
-        ):  # the name that deltas have; CLIP's module depends on the version
+        if not hasattr(module, "text_model"):  # a level of CLIP in deltas, in modules by the version
             part = {key.removeprefix("text_model."): array for key, array in part.items()}
         paths = [key.removesuffix(".lora_A") for key in part if key.endswith(".lora_A")]
         ranks = {part[f"{path}.lora_A"].shape[1] for path in paths}
