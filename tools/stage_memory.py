@@ -1,6 +1,10 @@
 """What each stage of a bundle needs of a device's memory, in several precisions, and which devices have it.
 
     python -m tools.stage_memory BUNDLE --graphs step,prefill --axis latent_height=64 --axis latent_width=64
+    python -m tools.stage_memory CHECKPOINT --layers model.layers. --stages 4
+
+The second form reads the headers of a checkpoint: its numbered layers in equal parts, what is no layer in the
+first stage.
 
 Counted are the weights, which are read off the graphs (the data need not be there), the deltas, and what is
 carried or made before the steps and read by them, such as a key-value cache. Scratch memory of a backend is
@@ -19,6 +23,7 @@ from typing import Any
 import click
 import onnx_ir as ir
 
+from hywu_export.bundle.sources import SafetensorsIndex
 from hywu_runtime.manifest import ITEM_SIZES, Manifest
 from hywu_runtime.program import resolve_axes, resolve_shape
 
@@ -27,7 +32,8 @@ BITS = {"bf16": 16, "fp8 or int8": 8, "int4": 4}
 GROUP = 128
 """Weights of one INT4 scale (16 bits); those of INT8 and FP8, one per output channel, are nothing."""
 DEVICES = {  # of memory, as sold
-    "24 GB": 24, "32 GB": 32, "48 GB": 48, "64 GB": 64, "80 GB": 80, "96 GB": 96, "141 GB": 141, "192 GB": 192,
+    "24 GB": 24, "32 GB": 32, "48 GB": 48, "64 GB": 64, "80 GB": 80, "96 GB": 96, "141 GB": 141,
+    "192 GB": 192,
 }  # fmt: skip
 FREE = 0.9
 """The part of a device's memory that weights and buffers may take; the rest is for scratch and the driver."""
@@ -49,8 +55,8 @@ def stage_parameters(bundle: Path, manifest: Manifest, graphs: Collection[str]) 
 def stage_tensors(
     manifest: Manifest, graphs: Collection[str], axes: Mapping[str, int]
 ) -> dict[int, Counter[str]]:
-    """Stage → bytes of what its graphs read and make: ``deltas``, ``cache`` (state, and what the request phase made
-    for the steps) and ``crossing`` (between stages)."""
+    """Stage → bytes of what its graphs read and make: ``deltas``, ``cache`` (states, and what was made before
+    the steps for them) and ``crossing`` (between stages)."""
     deltas = manifest.deltas.tensors if manifest.deltas is not None else {}
     made = {
         name for call in manifest.program if call.phase != "step" for name in manifest.writes(call).values()
@@ -77,6 +83,17 @@ def stage_tensors(
     return found
 
 
+def checkpoint_parameters(folder: Path, layers: str, stages: int) -> dict[int, dict[str, int]]:
+    """As `stage_parameters`, of a checkpoint whose layers are ``<layers><number>.``."""
+    sizes = {name: math.prod(t.shape) for name, t in SafetensorsIndex.from_folder(folder).items()}
+    number = {name: int(name[len(layers) :].split(".")[0]) for name in sizes if name.startswith(layers)}
+    count = max(number.values()) + 1
+    found: dict[int, dict[str, int]] = {stage: {} for stage in range(stages)}
+    for name, size in sizes.items():
+        found[number.get(name, 0) * stages // count][name] = size
+    return found
+
+
 def weight_bytes(elements: int, bits: int) -> int:
     """Bytes of so many weights, with the scales of INT4."""
     return elements * bits // 8 + (2 * elements // GROUP if bits < 8 else 0)
@@ -93,14 +110,21 @@ def smallest_device(size: float) -> str:
 @click.option(
     "--graphs", default="step", show_default=True, help="Names of whole graphs, separated by commas."
 )
+@click.option("--layers", metavar="PREFIX", help="Of a checkpoint instead of a bundle.")
+@click.option("--stages", default=1, show_default=True, help="Of a checkpoint.")
 @click.option("--axis", "given", multiple=True, metavar="NAME=SIZE", help="Sizes of axes; batch is 1.")
-def main(bundle: Path, graphs: str, given: tuple[str, ...]) -> None:
-    manifest = Manifest.read(bundle)
-    names = graphs.split(",")
-    sizes = {name: int(size) for name, _, size in (text.partition("=") for text in given)}
-    axes = resolve_axes(manifest, sizes.pop("batch", 1), {}) | sizes
-    axes |= {name: axis.size(axes) or 1 for name, axis in manifest.axes.items() if axis.derived}
-    parameters, tensors = stage_parameters(bundle, manifest, names), stage_tensors(manifest, names, axes)
+def main(bundle: Path, graphs: str, layers: str | None, stages: int, given: tuple[str, ...]) -> None:
+    tensors: dict[int, Counter[str]] = {}
+    if layers is not None:
+        parameters = checkpoint_parameters(bundle, layers, stages)
+    else:
+        manifest = Manifest.read(bundle)
+        names = graphs.split(",")
+        sizes = {name: int(size) for name, _, size in (text.partition("=") for text in given)}
+        axes = resolve_axes(manifest, sizes.pop("batch", 1), {}) | sizes
+        axes |= {name: axis.size(axes) or 1 for name, axis in manifest.axes.items() if axis.derived}
+        parameters = stage_parameters(bundle, manifest, names)
+        tensors = stage_tensors(manifest, names, axes)
     rows: list[dict[str, Any]] = []
     for stage in sorted(parameters):
         elements = sum(parameters[stage].values())
