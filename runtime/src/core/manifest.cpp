@@ -79,8 +79,8 @@ struct FactorsRule {
 };
 
 struct TermsRule {
-    static std::string what() { return "at most 16 terms"; }
-    static bool test(const std::vector<Term>& items) { return items.size() <= 16; }
+    static std::string what() { return "1 to 16 terms"; }
+    static bool test(const std::vector<Term>& items) { return !items.empty() && items.size() <= 16; }
 };
 
 struct TwoRule {
