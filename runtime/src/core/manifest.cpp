@@ -229,9 +229,8 @@ struct PhaseWords {
 };
 struct TargetWords {
     using type = TargetKind;
-    static constexpr std::array<WordPair<TargetKind>, 3> all = {{{"linear", TargetKind::linear},
-                                                                 {"conv", TargetKind::conv},
-                                                                 {"experts", TargetKind::experts}}};
+    static constexpr std::array<WordPair<TargetKind>, 3> all = {
+        {{"linear", TargetKind::linear}, {"conv", TargetKind::conv}, {"experts", TargetKind::experts}}};
 };
 struct PrecisionWords {
     using type = Precision;

@@ -209,8 +209,8 @@ struct ImagePolicy {
     std::int64_t multiple = 1, min = 1, max = 1, default_area = 1;
 };
 
-// A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width, `experts` (experts
-// alone) their number.
+// A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width, `experts`
+// (experts alone) their number.
 struct DeltaTarget {
     std::string module;
     TargetKind kind = TargetKind::linear;

@@ -28,8 +28,8 @@ struct CudaLibrary {
         cuda.set_ = library->function<int(void*, int, std::size_t)>("cudaMemset");
         cuda.synchronize_ = library->function<int()>("cudaDeviceSynchronize");
         cuda.error_text_ = library->function<const char*(int)>("cudaGetErrorString");
-        const bool whole = cuda.count_ && cuda.set_device_ && cuda.malloc_ && cuda.free_ && cuda.copy_ && cuda.set_ &&
-                           cuda.synchronize_ && cuda.error_text_;
+        const bool whole = cuda.count_ && cuda.set_device_ && cuda.malloc_ && cuda.free_ && cuda.copy_ &&
+                           cuda.set_ && cuda.synchronize_ && cuda.error_text_;
         if (!whole) missing = library->name() + " is not the CUDA runtime";
     }
 
