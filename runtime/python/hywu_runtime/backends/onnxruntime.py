@@ -214,8 +214,10 @@ class OnnxRuntime:
     def wait(self) -> None: ...
 
     def load(self, file: Path, weights: Mapping[str, Weight], stage: int = 0) -> OrtSession:
-        """See :class:`hywu_runtime.backends.Backend`. Buffers are all on the backend's own device: ONNX Runtime
-        copies what a session on another one reads and makes.
+        """See :class:`hywu_runtime.backends.Backend`.
+
+        Buffers are all on the backend's own device: ONNX Runtime copies what a session on another one reads and
+        makes.
 
         Raises:
             BundleError: the graph is damaged or does not suit ONNX Runtime.
