@@ -183,7 +183,9 @@ class HunyuanImage3Instruct:
     def _integers(self) -> dict[str, tuple[int, int]]:
         """From where to where integers between graphs reach."""
         ids = (0, self.config.vocab_size)
-        said = [f"{name}.{part}" for name in ("sequence", "base_sequence") for part in ("ids", "unconditional")]
+        said = [
+            f"{name}.{part}" for name in ("sequence", "base_sequence") for part in ("ids", "unconditional")
+        ]
         grid = (1, math.isqrt(self.config.vision.max_num_patches) + 1)
         return dict.fromkeys([*said, "size.id"], ids) | {"vit.grid": grid}
 
@@ -247,7 +249,9 @@ class HunyuanImage3Instruct:
             mask,
         ]
         after = [tensor("latents.next", self._latents), tensor("history.next", history)]
-        made = [tensor(f"sequence.{name}", self._suffix, "int64") for name in ("ids", "unconditional", "mask")]
+        made = [
+            tensor(f"sequence.{name}", self._suffix, "int64") for name in ("ids", "unconditional", "mask")
+        ]
         plan = Plan(
             graphs=[
                 GraphSpec(

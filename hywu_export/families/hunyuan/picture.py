@@ -94,5 +94,3 @@ class Aligner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layers(x)
         return out
-
-

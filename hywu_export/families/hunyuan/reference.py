@@ -73,7 +73,9 @@ class TokenSequence:
         return allowed[None, None]
 
 
-def prompt_sequence(network: HunyuanImage3, tokens: Tokens, text: Sequence[int], photo: Photo) -> TokenSequence:
+def prompt_sequence(
+    network: HunyuanImage3, tokens: Tokens, text: Sequence[int], photo: Photo
+) -> TokenSequence:
     """Everything before the ``<img_ratio>`` of the picture that is made. ``text``: ids of prompt, role and
     thoughts."""
     wte = network.model.wte
