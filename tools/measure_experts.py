@@ -1,13 +1,15 @@
-"""What two forms of the expert layers cost in ONNX Runtime: every expert on every token, and gathered by expert.
+"""What two forms of the expert layers cost in ONNX Runtime: every expert on every token, and gathered by
+expert.
 
-    python -m tools.measure_experts [--experts 64] [--top-k 8] [--hidden 512] [--width 384] [--tokens 256,1024]
+    python -m tools.measure_experts [--experts 64] [--top-k 8] [--hidden 512] [--width 384] [--tokens
+    256,1024]
 
 *Dense* is what the graphs of a bundle have. *Gathered*: pairs of a token and one of its experts are sorted by
 expert into slots, and every expert's slots are filled up to whole blocks of one size, so that a block has one
-expert, whose weights it takes a copy of. There are at most ``(pairs + experts * (block - 1)) // block`` blocks
-whatever the router says, and that many are always computed: shapes are static, and nothing waits for the host.
-It is traced here for one number of tokens at a time, because torch.export cannot follow these divisions for
-all of them.
+expert, whose weights it takes a copy of. There are at most ``(pairs + experts * (block - 1)) // block``
+blocks whatever the router says, and that many are always computed: shapes are static, and nothing waits for
+the host. It is traced here for one number of tokens at a time, because torch.export cannot follow these
+divisions for all of them.
 
 One layer's routed experts with deltas of rank 16 on w1, w2 and w3, random weights, one thread; CPU seconds of
 a run, the smallest of a few taken in turns. Beside them stands what each form computes and what it copies.
@@ -28,7 +30,6 @@ from hywu_export.deltas import DeltaSpec, inject
 from hywu_export.families.hunyuan.experts import Experts, Router
 from hywu_export.tracing import GraphSpec, TensorSpec, trace
 
-
 PIECES = 8
 """Parts that the blocks are computed in, one after the other: each part holds copies of weights."""
 _CHUNK = 128  # pairs that are counted by one product
@@ -36,8 +37,8 @@ _CHUNK = 128  # pairs that are counted by one product
 
 class Groups(NamedTuple):
     """Where tokens go: ``token`` of every slot and ``expert`` of every block, ``[batch, slots]`` and
-    ``[batch, blocks]``; ``slot`` of every pair, ``[batch, n * k]``. int64; what is in a slot that no pair has is
-    computed in vain."""
+    ``[batch, blocks]``; ``slot`` of every pair, ``[batch, n * k]``. int64; what is in a slot that no pair has
+    is computed in vain."""
 
     token: Tensor
     expert: Tensor
@@ -85,7 +86,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """Router and experts with deltas, dense, or gathered in blocks; inputs are tokens, the gate and the deltas."""
+    """Router and experts with deltas, dense, or gathered in blocks; inputs are tokens, the gate and the
+    deltas."""
 
     def __init__(self, experts: int, top_k: int, hidden: int, width: int, block: int):
         super().__init__()
@@ -162,9 +164,7 @@ def session(layer: Layer, hidden: int, tokens: int) -> Any:
 @click.option("--blocks", default="0,16,64,256", help="Tokens of a block; 0 is the dense form.")
 @click.option("--tokens", default="256,1024,4096")
 @click.option("--runs", default=3)
-def main(
-    experts: int, top_k: int, hidden: int, width: int, blocks: str, tokens: str, runs: int
-) -> None:
+def main(experts: int, top_k: int, hidden: int, width: int, blocks: str, tokens: str, runs: int) -> None:
     rng = np.random.default_rng(0)
     sizes = [int(size) for size in blocks.split(",")]
     layers = {}

@@ -17,7 +17,6 @@ from hywu_export.families.hunyuan.vision import grid_cells
 from hywu_export.families.pixels import from_pixels, to_pixels
 from hywu_export.schedules import apply_row
 
-
 DECODING = ("model", "patch_embed", "final_layer", "timestep_emb", "time_embed", "time_embed_2")
 
 
@@ -162,7 +161,8 @@ class Prompt:
         return causal[None, None]
 
     def split(self, x: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[batch, …, n, d]`` to what is before the photo, the photo as ``[batch, …, h, w, d]``, the rest."""
+        """``[batch, …, n, d]`` to what is before the photo, the photo as ``[batch, …, h, w, d]``, the
+        rest."""
         height, width = latents.shape[2:]
         end = self.before + height * width
         photo = x[..., self.before : end, :].unflatten(-2, (height, width))
@@ -201,8 +201,9 @@ class JoinCondition(nn.Module):
 class Prefill(nn.Module):
     """The prompt with deltas: keys and values of every layer, for all steps.
 
-    Inputs in the order of `HunyuanImage3Instruct.plan`, then the deltas of `cached_targets`. Outputs are, layer by
-    layer, keys of the text ``[rows, B, kv_heads, n, d]`` and of the photo ``[rows, B, kv_heads, h, w, d]``, and values alike.
+    Inputs in the order of `HunyuanImage3Instruct.plan`, then the deltas of `cached_targets`. Outputs are,
+    layer by layer, keys of the text ``[rows, B, kv_heads, n, d]`` and of the photo ``[rows, B, kv_heads, h,
+    w, d]``, and values alike.
     """
 
     def __init__(self, transformer: HunyuanImage3, tokens: Tokens, spec: DeltaSpec, guided: bool):
@@ -253,7 +254,8 @@ def _with_ratio(ids: Tensor, mask: Tensor, ratio: Tensor) -> Tensor:
 class Step(nn.Module):
     """The timestep's token and the picture's through the decoder, guidance, and the sampler's update.
 
-    Inputs in the order of `HunyuanImage3Instruct.plan`, then the cache as `Prefill` gives it, then the deltas.
+    Inputs in the order of `HunyuanImage3Instruct.plan`, then the cache as `Prefill` gives it, then the
+    deltas.
     """
 
     def __init__(self, transformer: HunyuanImage3, tokens: Tokens, spec: DeltaSpec, guided: bool):

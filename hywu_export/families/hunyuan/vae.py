@@ -8,6 +8,7 @@ edits of one photo then read the same latents.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import cast
 
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ class Level(nn.Module):
     def __init__(self, channels: int, out_channels: int, blocks: int):
         super().__init__()
         sizes = [channels, *[out_channels] * blocks]
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -172,8 +173,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents ``[B, C, 1, h, w]`` to frames ``[B, 3, frames, H, W]``; ``sizes`` of its levels are in the order
-    of computation, widest first."""
+    """Latents ``[B, C, 1, h, w]`` to frames ``[B, 3, frames, H, W]``; ``sizes`` of its levels are in the
+    order of computation, widest first."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
