@@ -86,10 +86,13 @@ def patch_grid(height: int, width: int, patch: int, count: int) -> tuple[int, in
     low, high = 1e-6, 100.0
     while high - low >= 1e-5:
         middle = (low + high) / 2
-        rows, columns = (max(1, math.ceil(side * middle / patch)) for side in (height, width))
+        rows, columns = _cells(height, middle, patch), _cells(width, middle, patch)
         low, high = (middle, high) if rows * columns <= count else (low, middle)
-    return tuple(max(1, math.ceil(side * low / patch)) for side in (height, width))  # type:
-    ignore[return-value]
+    return _cells(height, low, patch), _cells(width, low, patch)
+
+
+def _cells(side: int, scale: float, patch: int) -> int:
+    return max(1, math.ceil(side * scale / patch))
 
 
 class Embeddings(nn.Module):
