@@ -373,7 +373,7 @@ class HunyuanImage3Instruct:
             for length in size
         )
         plan.image = ImagePolicy(
-            "image", side.multiple, side.min, side.max, area, tuple(known) if fit else ()
+            "image", side.multiple, side.min, side.max, area, tuple(dict.fromkeys(known)) if fit else ()
         )
 
     def _given_photo(self, plan: Plan, *inputs: TensorSpec) -> None:
