@@ -37,7 +37,7 @@ from hywu_export.families.hunyuan.vision import Patches
 from hywu_export.schedules import make_scheduler, sampler_name
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
 from hywu_runtime.errors import InputError, UnsupportedError
-from hywu_runtime.manifest import Call, Guidance, ImagePolicy, ProvidedTensor, State, Zeros
+from hywu_runtime.manifest import Call, Dtype, Guidance, ImagePolicy, ProvidedTensor, State, Zeros
 
 TOKENIZER = "main"
 LAYERS = "model.layers."
@@ -378,7 +378,8 @@ class HunyuanImage3Instruct:
 
     def _given_photo(self, plan: Plan, *inputs: TensorSpec) -> None:
         for tensor in inputs:
-            plan.tensors[tensor.name] = ProvidedTensor(tensor.dtype, tensor.shape, "input")
+            dtype: Dtype = "int64" if tensor.dtype == "int64" else "float32"
+            plan.tensors[tensor.name] = ProvidedTensor(dtype, tensor.shape, "input")
 
     def reference_edit(self, edit: ReferenceEdit) -> npt.NDArray[np.uint8]:
         from hywu_export.families.hunyuan.reference import edit as run

@@ -104,7 +104,7 @@ def nearest_ratio(tokens: Tokens, config: HunyuanConfig, height: int, width: int
 def hidden_states(network: HunyuanImage3, sequence: TokenSequence) -> Tensor:
     """The last layer's output ``[n, hidden]``."""
     rotary = network.rotary(torch.tensor(sequence.positions)[None])
-    output, _ = network.model(torch.cat(sequence.embeddings)[None], rotary, sequence.mask())
+    output: Tensor = network.model(torch.cat(sequence.embeddings)[None], rotary, sequence.mask())[0]
     return output[0]
 
 
