@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hywu_export.bundle.sources import read_json_object
-from hywu_runtime.errors import CheckpointError, InputError
-from hywu_runtime.manifest import Guidance, Licence, Manifest, Results, Sampler, Schedules, Tokenizer
+from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
+from hywu_runtime.manifest import (
+    Guidance,
+    Licence,
+    Manifest,
+    Results,
+    Sampler,
+    Schedules,
+    Strength,
+    Tokenizer,
+)
 
 if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
     from hywu_export.deltas import DeltaSpec
+    from hywu_export.deltas.catalogue import Resolved
     from hywu_export.families.base import Family, Limits, Plan, TextEncoding
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 20
+DEFAULT_RANK = 16
 SCHEDULE_FILE = "schedule.safetensors"
 
 Progress = Callable[[str, int, int], None]
@@ -37,21 +48,25 @@ class ExportOptions:
     """What may be chosen about an export; None is the checkpoint's or the family's own choice.
 
     Attributes:
-        targets: module patterns that take deltas, for a base without a generator.
-        lora: a PEFT adapter whose targets and ranks the bundle takes, instead of ``targets``.
-        max_rank: rank of those deltas.
+        targets: module patterns that take deltas, for a base without a generator; those that start with
+            ``<component>.`` are looked up in that component.
+        loras: LoRA files whose modules the bundle takes, each with its largest rank among them.
+        max_rank: rank of ``targets`` (None: 16), and the smallest one of the modules of ``loras``.
         samplers: names of samplers; the first is the default.
         max_steps: largest step count in the schedule.
         steps, guidance: defaults of an edit.
         max_batch, max_size, size: limits, and the side in pixels of the default working area.
+        text_length: tokens of a prompt, where the pipeline leaves them open (its max_sequence_length).
+        vae_tile: side in pixels of the VAE's tiles, if pictures may be larger.
+        images: how many pictures each request has, for a pipeline that takes several.
         link_weights: leave the weights in the checkpoints.
         stages: into how many graphs, one after another, the large ones are cut; see `hywu_export.stages`.
         overwrite: replace an existing bundle.
     """
 
     targets: Sequence[str] = ()
-    lora: Path | None = None
-    max_rank: int = 16
+    loras: Sequence[Path] = ()
+    max_rank: int | None = None
     samplers: Sequence[str] = ()
     max_steps: int = 100
     steps: int | None = None
@@ -59,12 +74,27 @@ class ExportOptions:
     max_batch: int = 8
     max_size: int | None = None
     size: int | None = None
+    text_length: int | None = None
+    vae_tile: int | None = None
+    images: int = 1
     link_weights: bool = False
     stages: int = 1
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rank", "max_steps", "steps", "max_batch", "max_size", "size", "stages"):
+        positive = (
+            "max_rank",
+            "max_steps",
+            "steps",
+            "max_batch",
+            "max_size",
+            "size",
+            "text_length",
+            "vae_tile",
+            "stages",
+            "images",
+        )
+        for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}", "Expected 1 or more", "Choose another value")
@@ -82,10 +112,11 @@ def export(
     generator: str | Path | None = None,
     options: ExportOptions | None = None,
     progress: Progress | None = None,
+    understood: Callable[[Resolved], object] | None = None,
 ) -> Manifest:
     """Write the bundle ``out`` from a diffusers pipeline folder, a generator folder, or both.
 
-    ``progress(what, done, total)`` is called before each stage.
+    ``progress(what, done, total)`` is called before each stage, ``understood`` with every LoRA file.
 
     Raises:
         CheckpointError, UnsupportedError, DeltaError, InputError: what was given cannot be exported.
@@ -98,13 +129,16 @@ def export(
         raise InputError(
             "There is nothing to export", "A base, a generator, or both", "Give --base or --generator"
         )
-    if generator is not None and (options.targets or options.lora):
+    if generator is not None and (options.targets or options.loras):
         raise InputError(
             "Targets were given beside a generator",
             "The generator's own targets are the bundle's",
             "Leave out --targets and --lora, or the generator",
         )
     job = _Job(None if base is None else Path(base), None if generator is None else Path(generator), options)
+    for lora in job.loras:
+        if understood is not None:
+            understood(lora)
     total = len(job.plan.graphs) + 2
     tell = progress or (lambda what, done, total: None)
     with BundleWriter(out, overwrite=options.overwrite, validate=Manifest.from_dict) as writer:
@@ -135,24 +169,43 @@ class _Job:
         self.family = None if base is None else open_base(base)
         self.spec: DeltaSpec | None = None
         self.tables: dict[str, ScheduleTable] = {}
+        self.loras: list[Resolved] = []
         columns, base_prompt = 0, None
         if self.family is None:
             _refuse_options_of_a_base(options)
         else:
-            self.spec = _delta_spec(self.family, self.generator, options)
+            self.spec = self._delta_spec(self.family)
             self.tables = _schedules(self.family, options)
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         area = None if options.size is None else options.size**2
-        limits = Limits(options.max_batch, options.max_size, area)
+        limits = Limits(
+            options.max_batch, options.max_size, area, options.text_length, options.vae_tile, options.images
+        )
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
+        _check_tiles(self.plan, options.vae_tile)
         self.cutter = Cutter(options.stages, self.plan.axes)
         self.traced: list[TracedGraph] = []
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
+        self._check_start()
         self.tokenizers = {
             name: (encoding, *_open_tokenizer(encoding)) for name, encoding in self.plan.tokenizers.items()
         }
+
+    def _delta_spec(self, family: Family) -> DeltaSpec:
+        from hywu_export.deltas.catalogue import Catalogue
+        from hywu_export.deltas.convert import resolve
+
+        modules = {name: component.module for name, component in family.components.items()}
+        if self.generator is not None:
+            return self.generator.spec(modules[family.denoiser])
+        options, rank = self.options, self.options.max_rank
+        catalogue = Catalogue.from_modules(modules, family.denoiser)
+        self.loras = [resolve(path, catalogue) for path in options.loras]
+        spec = catalogue.spec(self.loras, rank or 1)
+        patterns = options.targets or (() if options.loras else family.default_targets)
+        return spec.union(_matching(family, patterns, rank or DEFAULT_RANK))
 
     def trace(self, graph: GraphSpec) -> None:
         """Traces a graph, and checks it."""
@@ -184,7 +237,7 @@ class _Job:
 
         plan, options = self.plan, self.options
         licences = [
-            _add_source(writer, source, folder)
+            add_source(writer, source, folder)
             for source, folder in self.folders.items()
             if folder is not None
         ]
@@ -254,7 +307,18 @@ class _Job:
                 "Choose one of these, or a larger --max-steps",
             )
         trained = None if self.generator is None else self.generator.defaults.steps
-        return asked or min(max(trained or DEFAULT_STEPS, low), high)
+        return asked or min(max(trained or self.plan.steps or DEFAULT_STEPS, low), high)
+
+    def _check_start(self) -> None:
+        """Whether the default sampler can do what the pipeline does by default: start midway."""
+        strength = self.plan.strength
+        if strength is None or strength == 1 or next(iter(self.tables.values())).order is not None:
+            return
+        raise InputError(
+            f"The sampler {next(iter(self.tables))} cannot start midway, as a strength of {strength} asks",
+            "Its steps build on earlier ones",
+            "Name it after one that can: the first is the default",
+        )
 
     def _add_tokenizers(self, writer: BundleWriter) -> dict[str, Tokenizer]:
         texts = [tensor for tensor in self.plan.tensors.values() if tensor.source == "text"]
@@ -271,6 +335,7 @@ class _Job:
                 encoding.pad_side,
                 truncate=encoding.truncate,
                 template=encoding.template,
+                lowercase=encoding.lowercase,
             )
         return entries
 
@@ -281,10 +346,11 @@ class _Job:
             write_schedules(Path(folder) / SCHEDULE_FILE, self.tables)
             writer.add_file(SCHEDULE_FILE, Path(folder) / SCHEDULE_FILE)
         samplers = {
-            name: Sampler(table.class_name, table.step_range(), table.stochastic)
+            name: Sampler(table.class_name, table.step_range(), table.stochastic, table.order)
             for name, table in self.tables.items()
         }
-        return Schedules(SCHEDULE_FILE, next(iter(self.tables)), self.default_steps, samplers)
+        strength = None if self.plan.strength is None else Strength(self.plan.strength)
+        return Schedules(SCHEDULE_FILE, next(iter(self.tables)), self.default_steps, samplers, strength)
 
 
 def make_plan(
@@ -299,6 +365,7 @@ def make_plan(
 
     The rest is as for `Family.plan`.
     """
+    from hywu_export.families.component_deltas import add_component_deltas
     from hywu_export.tracing import Axis
 
     if family is None or spec is None:
@@ -306,14 +373,16 @@ def make_plan(
         plan = generator.plan(None, None)
         plan.axes["batch"] = Axis(1, limits.max_batch)
         return plan
-    plan = family.plan(spec, limits, base_prompt, coefficients)
+    others = [name for name in family.components if name != family.denoiser]
+    plan = family.plan(spec.without(*others), limits, base_prompt, coefficients)
+    add_component_deltas(plan, spec, others)
     if generator is not None:
         plan.add(generator.plan(spec, family.condition_source))
     return plan
 
 
 def _refuse_options_of_a_base(options: ExportOptions) -> None:
-    for name in ("targets", "lora", "samplers", "steps", "max_size", "size"):
+    for name in ("targets", "loras", "samplers", "steps", "max_size", "size", "text_length", "vae_tile"):
         if getattr(options, name):
             raise InputError(
                 f"The option {name} was given without a base",
@@ -322,25 +391,52 @@ def _refuse_options_of_a_base(options: ExportOptions) -> None:
             )
 
 
-def _delta_spec(family: Family, generator: GeneratorPart | None, options: ExportOptions) -> DeltaSpec:
-    from hywu_export.deltas import DeltaSpec
+def _check_tiles(plan: Plan, tile: int | None) -> None:
+    """Tiles that were asked for are made, unless every picture fits into one."""
+    if tile is None or plan.image is None or plan.image.max <= tile:
+        return
+    if all(graph.tile is None for graph in plan.graphs):
+        raise UnsupportedError(
+            f"Tiles of {tile} pixels were asked for",
+            "This family's VAE takes a picture as a whole",
+            "Leave out --vae-tile",
+        )
 
-    denoiser = family.components[family.denoiser].module
-    if generator is not None:
-        return generator.spec(denoiser)
-    if options.lora is not None:
-        return DeltaSpec.from_peft(options.lora, denoiser)
-    return DeltaSpec.from_patterns(denoiser, options.targets or family.default_targets, options.max_rank)
+
+def _matching(family: Family, patterns: Sequence[str], rank: int) -> DeltaSpec:
+    """The targets that ``patterns`` match, each in the component that it starts with, or in the denoiser."""
+    from hywu_export.deltas import DeltaSpec
+    from hywu_export.deltas.catalogue import delta_name
+
+    of: dict[str, list[str]] = {}
+    for pattern in patterns:
+        component, _, rest = pattern.partition(".")
+        inside = rest != "" and component in family.components
+        of.setdefault(component if inside else family.denoiser, []).append(rest if inside else pattern)
+    spec = DeltaSpec(())
+    for component in sorted(of, key=lambda name: name != family.denoiser):
+        found = DeltaSpec.from_patterns(family.components[component].module, of[component], rank)
+        if component != family.denoiser:
+            found = DeltaSpec(
+                tuple(replace(t, module=delta_name(component, t.module)) for t in found.targets)
+            )
+        spec = spec.union(found)
+    return spec
 
 
 def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTable]:
-    from hywu_export.schedules import make_scheduler, sampler_name, trace_scheduler
+    from hywu_export.families.base import OwnSchedule
+    from hywu_export.schedules import make_scheduler, trace_scheduler
 
     own, config = family.scheduler
     tables: dict[str, ScheduleTable] = {}
     for sampler in options.samplers or (own,):
-        scheduler = make_scheduler(sampler, config)
-        tables[sampler_name(scheduler)] = trace_scheduler(scheduler, options.max_steps)
+        if isinstance(family, OwnSchedule):
+            name = sampler if isinstance(sampler, str) else sampler.__name__
+            table = family.schedule(name, options.max_steps)
+        else:
+            table = trace_scheduler(make_scheduler(sampler, config), options.max_steps)
+        tables[table.name] = table
     history = max(table.history for table in tables.values())
     return {name: table.widen(history) for name, table in tables.items()}
 
@@ -383,7 +479,7 @@ def _open_tokenizer(encoding: TextEncoding) -> tuple[bytes, int]:
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "license.txt", "NOTICE")
 
 
-def _add_source(writer: BundleWriter, source: str, folder: Path) -> Licence:
+def add_source(writer: BundleWriter, source: str, folder: Path) -> Licence:
     """Declare a source and carry its licence: the name from the model card, the text from its file."""
     licence = None
     card = folder / "README.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from hywu_export.deltas.spec import DeltaSpec
 from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec
@@ -17,32 +17,47 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hywu_export.families.components import Component
+    from hywu_export.schedules import ScheduleTable
+
+
+LONG_TEXT = "long"
+"""The tokenizer whose length may be chosen at export, as diffusers' max_sequence_length, has this name."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels."""
+    """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels.
+
+    ``text_length`` are the tokens of a prompt, where the pipeline leaves them open (`LONG_TEXT`). VAEs work
+    in tiles of at most ``tile`` pixels a side if a picture may be larger. ``images`` is the number of
+    pictures that each request has.
+    """
 
     max_batch: int = 8
     max_size: int | None = None
     area: int | None = None
+    text_length: int | None = None
+    tile: int | None = None
+    images: int = 1
 
 
 @dataclass(frozen=True)
 class TextEncoding:
     """How a pipeline brings texts to token ids: the tokenizer's ``folder``; the rest as in the manifest.
 
-    The length is that of the text tensors which use it. ``name`` is that of the file in the bundle, the folder's
-    by default. ``pad_id`` is given where the folder's own settings are not to be asked, but its ``tokenizer.json``
-    taken as it is; without ``special_tokens``, what that file would add to a text is left out.
+    The length is that of the text tensors which use it. ``name`` is that of the file in the bundle, the
+    folder's by default. ``pad_id`` is given where the folder's own settings are not to be asked, but its
+    ``tokenizer.json`` taken as it is; without ``special_tokens``, what that file would add to a text is left
+    out.
     """
 
     folder: Path
     template: str = "{}"
     pad_side: Literal["left", "right"] = "right"
+    truncate: bool = True
+    lowercase: bool = False
     name: str | None = None
     pad_id: int | None = None
-    truncate: bool = True
     special_tokens: bool = True
 
 
@@ -58,6 +73,9 @@ class Plan:
         state, guidance, image: as in the manifest.
         result: the tensor that holds the edited image, if any.
         tokenizers: what text tensors are encoded with, by the name that these give.
+        strength: the part of the steps that runs by default, where an edit starts from the photo; the
+            family's schedules then have a ``start``.
+        steps: the pipeline's own default, if the sampler takes it.
     """
 
     graphs: list[GraphSpec] = field(default_factory=list)
@@ -69,6 +87,8 @@ class Plan:
     image: ImagePolicy | None = None
     result: str | None = None
     tokenizers: dict[str, TextEncoding] = field(default_factory=dict)
+    strength: float | None = None
+    steps: int | None = None
 
     def add(self, part: Plan) -> None:
         """Take in a part whose calls are of the request phase, to run after this plan's own of that phase,
@@ -105,7 +125,8 @@ class ComputedCondition:
     Attributes:
         part: graphs and calls that make ``inputs`` from what the base's own plan provides.
         inputs: tensors of the condition, on the way.
-        join: a module that makes of them the condition ``[B, n, input_dim]``, and its mask, boolean ``[B, n]``:
+        join: a module that makes of them the condition ``[B, n, input_dim]``, and its mask, boolean ``[B,
+        n]``:
             what is false is padding.
     """
 
@@ -125,6 +146,10 @@ class ReferenceEdit:
         latents: standard normal, float32 ``[1, C, h, w]``.
         seed: of the ``torch.Generator`` that the scheduler draws its noise from, in the shape of ``latents``.
         guidance: scale by name.
+        strength: the part of the steps that runs; None for a family whose edits start from noise.
+        text_length: tokens of the prompt; None is the pipeline's own choice.
+        negative_prompt: what guidance leads away from.
+        more_photos: those after the first, for a pipeline that takes several.
     """
 
     photo: npt.NDArray[np.uint8]
@@ -134,6 +159,10 @@ class ReferenceEdit:
     latents: npt.NDArray[np.float32]
     seed: int
     guidance: Mapping[str, float]
+    strength: float | None = None
+    text_length: int | None = None
+    negative_prompt: str = ""
+    more_photos: tuple[npt.NDArray[np.uint8], ...] = ()
 
 
 class Family(Protocol):
@@ -162,4 +191,17 @@ class Family(Protocol):
 
     def reference_edit(self, edit: ReferenceEdit) -> npt.NDArray[np.uint8]:
         """What diffusers' own pipeline makes of ``edit`` in float32, without deltas: uint8 ``[H, W, 3]``."""
+        ...
+
+
+@runtime_checkable
+class OwnSchedule(Protocol):
+    """A family whose step graph gives a schedule's rows a meaning of its own, and so makes the tables."""
+
+    def schedule(self, sampler: str, max_steps: int) -> ScheduleTable:
+        """The table of a sampler, by short name or class, for step counts up to ``max_steps``.
+
+        Raises:
+            InputError, UnsupportedError: the sampler does not exist, or does not go with this pipeline.
+        """
         ...

@@ -30,7 +30,7 @@ class GenerationDefaults:
     Attributes:
         base_prompt: what the base is told instead of the instruction; None gives it the instruction.
         steps: evaluations of the denoiser.
-        guidance: scale by name (``text``, ``image``), where it differs from the pipeline's default.
+        guidance: scale by name (``text``, ``image``, ``true_cfg``), where it is not the pipeline's default.
     """
 
     base_prompt: str | None = None
@@ -54,6 +54,7 @@ class GenerationDefaults:
             "num_inference_steps": (int,),
             "guidance_scale": number,
             "image_guidance_scale": number,
+            "true_cfg_scale": number,
         }
         for key, kind in kinds.items():
             value = data.get(key)
@@ -63,7 +64,11 @@ class GenerationDefaults:
                     f"Expected {' or '.join(k.__name__ for k in kind)}",
                     "Correct it",
                 )
-        scales = {"text": data.get("guidance_scale"), "image": data.get("image_guidance_scale")}
+        scales = {
+            "text": data.get("guidance_scale"),
+            "image": data.get("image_guidance_scale"),
+            "true_cfg": data.get("true_cfg_scale"),
+        }
         return cls(
             data.get("base_prompt"),
             data.get("num_inference_steps"),

@@ -13,6 +13,7 @@ from hywu_runtime.manifest import Term
 if TYPE_CHECKING:
     from torch import nn
 
+TILE = "hywu.tile"
 DTYPES = ("uint8", "int32", "int64", "float16", "float32")
 
 
@@ -35,6 +36,14 @@ class TensorSpec:
     def to_dict(self) -> dict[str, object]:
         """The tensor as the manifest writes it."""
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Inferred(TensorSpec):
+    """An output whose dtype and shape are those that tracing finds."""
+
+    dtype: str = "float32"
+    shape: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,9 @@ class GraphSpec:
     ``module.forward`` takes the inputs positionally, in the order of ``inputs``, and returns a tuple in the
     order of ``outputs``. Parameters become initializers under their names in ``module``, which are
     ``<component>.<name in the component's checkpoint>``. ``example_sizes`` overrides the size that tracing
-    uses for an axis. ``integers`` says from where to where (exclusive) integers of an input make sense, for random
-    ones; otherwise they are 0 and 1.
+    uses for an axis. ``tile`` is the largest side, in pixels, of the tiles that the module cuts a picture
+    into; the graph has it as the metadata property `TILE`. ``integers`` says from where to where (exclusive)
+    integers of an input make sense, for random ones; otherwise they are 0 and 1.
     """
 
     name: str
@@ -84,6 +94,7 @@ class GraphSpec:
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     example_sizes: Mapping[str, int] = field(default_factory=dict)
+    tile: int | None = None
     integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 

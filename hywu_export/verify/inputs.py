@@ -113,4 +113,4 @@ class RandomInputs:
         assert section is not None  # the manifest's reader has checked it
         rows = Schedule(self._bundle.file(section.file), section).rows()
         values: Array = np.asarray(getattr(rows, column))
-        return values if column == "initial_scale" else values[len(rows) // 2]
+        return values[len(rows) // 2] if column in ("timesteps", "coefficients") else values

@@ -224,5 +224,3 @@ def _place(x: Tensor, place: Tensor, start: Tensor, ids: Sequence[int]) -> Tenso
     offset = place - start
     known = lookup(ids, offset.clamp(0, len(ids) - 1))
     return torch.where((offset >= 0) & (offset < len(ids)), known, x)
-
-

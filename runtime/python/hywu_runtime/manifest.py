@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -152,6 +152,17 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Resize:
+    """How a photograph is brought to another size: sides are multiples of ``multiple``; areas in pixels."""
+
+    filter: Literal["lanczos", "bicubic"]
+    multiple: Size
+    area: Size | None = None
+    min_area: Size | None = None
+    max_area: Size | None = None
+
+
+@dataclass(frozen=True)
 class ProvidedTensor:
     """A tensor that the runtime provides; ``source`` says from what, the other keys depend on it."""
 
@@ -163,8 +174,11 @@ class ProvidedTensor:
     tokenizer: Name | None = None
     of: Name | None = None
     draw: Literal["initial", "step"] | None = None
-    column: Literal["initial_scale", "timesteps", "coefficients"] | None = None
+    column: Literal["initial_scale", "timesteps", "coefficients", "start"] | None = None
     guidance: Name | None = None
+    index: Count | None = None
+    origin: Name | None = field(default=None, metadata={"key": "from"})
+    resize: tuple[Resize, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -226,6 +240,7 @@ class Results:
 
     image: Name | None = None
     deltas: tuple[Name, ...] = ()
+    outputs: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -246,13 +261,24 @@ class State:
 
 @dataclass(frozen=True)
 class Sampler:
-    """One table of the schedule file. ``steps`` are the smallest and the largest step count."""
+    """One table of the schedule file. ``steps`` are the smallest and the largest step count.
+
+    ``order`` is the number of evaluations that a step of the sampler stands for, where it may start midway.
+    """
 
     class_name: Name = field(metadata={"key": "class"})
     steps: Annotated[
         tuple[Size, ...], Rule("two integers, smallest first", lambda s: len(s) == 2 and s[0] <= s[1])
     ]
     stochastic: bool = False
+    order: Size | None = None
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much of the schedule a request runs that starts midway, from its photo: 1 is all of it."""
+
+    default: Annotated[float, Rule("a number above 0 and at most 1", lambda s: 0 < s <= 1)]
 
 
 @dataclass(frozen=True)
@@ -263,16 +289,22 @@ class Schedules:
     default: Name
     default_steps: Size
     samplers: Mapping[Name, Sampler]
+    strength: Strength | None = None
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """A guidance scale, in effect if it is above ``above``, or at least ``at_least``."""
+    """A guidance scale; a request is guided only if it is above ``above``, or at least ``at_least``."""
 
     name: Name
     default: float
     above: float | None = None
     at_least: float | None = None
+
+    @property
+    def decides(self) -> bool:
+        """Whether the scale has a say in whether a request is guided; otherwise graphs merely read it."""
+        return self.above is not None or self.at_least is not None
 
     def satisfied(self, scale: float) -> bool:
         """Whether ``scale`` asks for guidance."""
@@ -281,15 +313,29 @@ class Guidance:
         return self.at_least is not None and scale >= self.at_least
 
 
+def is_guided(guidance: Iterable[Guidance], scales: Mapping[str, Iterable[float]] | None = None) -> bool:
+    """Whether a request is guided: there is a condition, and each one holds for at least one sample.
+
+    ``scales``: the values of each scale, one per sample; None stands for the defaults.
+    """
+    deciding = [scale for scale in guidance if scale.decides]
+    return bool(deciding) and all(
+        any(map(scale.satisfied, (scale.default,) if scales is None else scales[scale.name]))
+        for scale in deciding
+    )
+
+
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How a photograph's size becomes a working size; lengths in pixels."""
+    """How a photograph's size becomes a working size; lengths in pixels. ``sizes``: (width, height)."""
 
     tensor: Name
     multiple: Size
     min: Size
     max: Size
     default_area: Size
+    sizes: tuple[Annotated[tuple[Size, ...], Rule("a width and a height", lambda s: len(s) == 2)], ...] = ()
+    enlarge: bool = False
 
 
 @dataclass(frozen=True)
@@ -340,6 +386,7 @@ class Tokenizer:
     pad_side: Literal["left", "right"] = "right"
     truncate: bool = True
     template: Template = "{}"
+    lowercase: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from hywu_runtime.manifest import (
     Value,
 )
 
-# The keys of a provided tensor that each source needs and allows; of `text`, exactly one of the two.
+# The keys of a provided tensor that each source needs and allows; of `text`, exactly one of the two, and of
+# `image` any.
 _SOURCE_KEYS: dict[str, tuple[str, ...]] = {
-    "image": (),
+    "image": ("index", "origin", "resize"),
     "text": ("text", "constant", "tokenizer"),
     "mask": ("of",),
     "noise": ("draw",),
@@ -33,7 +34,10 @@ _SOURCE_KEYS: dict[str, tuple[str, ...]] = {
     "input": (),
 }
 _MAX_PORTS = 2**20  # of all calls; a graph is listed once and may be called often
-_OPTIONAL_KEYS = ("text", "constant", "tokenizer", "of", "draw", "column", "guidance")
+_OPTIONAL_KEYS = (
+    "text", "constant", "tokenizer", "of", "draw", "column", "guidance", "index", "origin", "resize",
+)  # fmt: skip
+_MAX_PICTURES = 64  # of one request
 
 
 def validate(manifest: Manifest) -> None:
@@ -165,10 +169,8 @@ def _guidance(m: Manifest) -> None:
         if guidance.name in seen:
             raise malformed(f"guidance[{i}].name", f"repeats {show(guidance.name)}", "a name of its own")
         seen.add(guidance.name)
-        if (guidance.above is None) == (guidance.at_least is None):
-            raise malformed(
-                f"guidance[{i}]", "does not say when it applies", "exactly one of `above` and `at_least`"
-            )
+        if guidance.above is not None and guidance.at_least is not None:
+            raise malformed(f"guidance[{i}]", "has two conditions", "`above`, `at_least`, or neither")
 
 
 def _schedules(m: Manifest) -> None:
@@ -181,6 +183,17 @@ def _schedules(m: Manifest) -> None:
             "schedules.default_steps",
             f"is {m.schedules.default_steps}",
             f"{low} to {high}, as the sampler takes",
+        )
+    strength = m.schedules.strength
+    if (
+        strength is not None
+        and strength.default < 1
+        and m.schedules.samplers[m.schedules.default].order is None
+    ):
+        raise malformed(
+            "schedules.strength.default",
+            f"is {strength.default}, but the default sampler has no `order`",
+            "1, or a sampler that may start midway",
         )
 
 
@@ -227,10 +240,11 @@ def _tensors(m: Manifest) -> None:
         _shape(m, f"{where}.shape", tensor.shape)
         allowed = _SOURCE_KEYS[tensor.source]
         for key in _OPTIONAL_KEYS:
-            given = getattr(tensor, key) is not None
+            given = getattr(tensor, key) not in (None, ())
             if given and key not in allowed:
-                raise malformed(f"{where}.{key}", f"does not go with source {tensor.source}", "no such key")
-            if not given and key in allowed and key not in ("text", "constant"):
+                shown = "from" if key == "origin" else key
+                raise malformed(f"{where}.{shown}", f"does not go with source {tensor.source}", "no such key")
+            if not given and key in allowed and key not in ("text", "constant", "index", "origin", "resize"):
                 raise malformed(f"{where}.{key}", "is missing", f"it with source {tensor.source}")
         _source(m, where, tensor, scales)
     if m.deltas is not None:
@@ -249,6 +263,7 @@ def _source(m: Manifest, where: str, tensor: ProvidedTensor, scales: set[str]) -
         _fixed(where, tensor, ("uint8",))
         if len(tensor.shape) != 4 or tensor.shape[3] != 3:
             raise malformed(f"{where}.shape", f"is {list(tensor.shape)}", '["batch", height, width, 3]')
+        _picture(m, where, tensor)
     elif tensor.source == "text":
         if (tensor.text is None) == (tensor.constant is None):
             raise malformed(where, "does not say which text", "exactly one of `text` and `constant`")
@@ -265,16 +280,38 @@ def _source(m: Manifest, where: str, tensor: ProvidedTensor, scales: set[str]) -
     elif tensor.source == "schedule":
         if m.schedules is None:
             raise malformed(where, "reads the schedule, but there is no `schedules`", "a `schedules` section")
-        _fixed(where, tensor, floats, None if tensor.column == "coefficients" else ())
-        if tensor.column == "coefficients" and (
-            len(tensor.shape) != 1 or not isinstance(tensor.shape[0], int)
-        ):
+        if tensor.column == "start" and m.schedules.strength is None:
+            raise malformed(
+                where, "reads where a request starts, but there is no `schedules.strength`", "`strength`"
+            )
+        row = tensor.column in ("coefficients", "start")
+        _fixed(where, tensor, floats, None if row else ())
+        if row and (len(tensor.shape) != 1 or not isinstance(tensor.shape[0], int)):
             raise malformed(f"{where}.shape", f"is {list(tensor.shape)}", "[K], an integer")
     elif tensor.source == "guidance":
         _known(f"{where}.guidance", tensor.guidance or "", scales, "a guidance scale")
         _fixed(where, tensor, floats, batch)
     elif tensor.source == "gate":
         _fixed(where, tensor, floats, batch)
+
+
+def _picture(m: Manifest, where: str, tensor: ProvidedTensor) -> None:
+    """Which of a request's photographs a tensor shows, and at what size."""
+    if (tensor.index or 0) >= _MAX_PICTURES:
+        raise malformed(f"{where}.index", f"is {tensor.index}", f"a number below {_MAX_PICTURES}")
+    if tensor.origin is not None:
+        _known(f"{where}.from", tensor.origin, m.tensors, "a tensor that the runtime provides")
+        origin = m.tensors[tensor.origin]
+        if origin.source != "image" or origin.resize or (origin.index or 0) != (tensor.index or 0):
+            raise malformed(
+                f"{where}.from", f"is {show(tensor.origin)}",
+                "a tensor with source `image`, the same `index` and no `resize`",
+            )  # fmt: skip
+        if not tensor.resize:
+            raise malformed(f"{where}.resize", "is missing", "it with `from`")
+    for step in tensor.resize:
+        if (step.min_area or 1) > (step.max_area or math.inf):
+            raise malformed(f"{where}.resize", "has a min_area above its max_area", "the smaller one first")
 
 
 def _fixed(
@@ -331,7 +368,7 @@ def _program(m: Manifest) -> None:
             )
     # Execution order: phase by phase, within a phase in the order of the list.
     order = sorted(range(len(m.program)), key=lambda i: PHASES.index(m.program[i].phase))
-    for guided in (False, True) if m.guidance else (False,):
+    for guided in (False, True) if any(scale.decides for scale in m.guidance) else (False,):
         _flow(m, [i for i in order if m.program[i].runs(guided)], guided)
 
 
@@ -467,8 +504,8 @@ def _state(m: Manifest, made: Mapping[str, tuple[Value, int]]) -> None:
 
 
 def _results(m: Manifest, made: Mapping[str, object]) -> None:
-    if m.results.image is None and not m.results.deltas:
-        raise malformed("results", "is empty", "an `image`, `deltas`, or both")
+    if m.results.image is None and not m.results.deltas and not m.results.outputs:
+        raise malformed("results", "is empty", "an `image`, `deltas` or `outputs`")
     if m.results.image is not None:
         _known("results.image", m.results.image, made, "made by a call")
         value = m.signatures[m.results.image]
@@ -491,6 +528,12 @@ def _results(m: Manifest, made: Mapping[str, object]) -> None:
         elif m.signatures[name].dtype != "float32" or len(m.signatures[name].shape) < 3:
             value = m.signatures[name]
             raise malformed(key, f"is {value.dtype} {list(value.shape)}", "float32 with at least 3 axes")
+    seen: set[str] = set()
+    for i, name in enumerate(m.results.outputs):
+        _known(f"results.outputs[{i}]", name, made, "made by a call")
+        if name in seen:
+            raise malformed(f"results.outputs[{i}]", f"repeats {show(name)}", "each name once")
+        seen.add(name)
 
 
 def _engines(m: Manifest) -> None:
@@ -524,6 +567,13 @@ def _image(m: Manifest) -> None:
             f"has no multiple of {policy.multiple} from {policy.min} to {policy.max}",
             "at least one size",
         )
+    for i, size in enumerate(policy.sizes):
+        if any(side % policy.multiple or not policy.min <= side <= policy.max for side in size):
+            raise malformed(
+                f"image.sizes[{i}]",
+                f"is {list(size)}",
+                f"multiples of {policy.multiple} from {policy.min} to {policy.max}",
+            )
 
 
 def _linked(m: Manifest) -> None:

@@ -60,6 +60,11 @@ struct RangeRule {
     static bool test(std::int64_t number) { return low <= number && number <= high; }
 };
 
+struct PartRule {
+    static std::string what() { return "a number above 0 and at most 1"; }
+    static bool test(double number) { return 0 < number && number <= 1; }
+};
+
 struct TokenIdRule {
     static std::string what() { return "a token id"; }
     static bool test(std::int64_t number) { return 0 <= number && number <= max_dimension; }
@@ -93,6 +98,11 @@ struct StepsRule {
     static bool test(const std::vector<std::int64_t>& items) {
         return items.size() == 2 && items[0] <= items[1];
     }
+};
+
+struct PairRule {
+    static std::string what() { return "a width and a height"; }
+    static bool test(const std::vector<std::int64_t>& items) { return items.size() == 2; }
 };
 
 struct ThreeRule {
@@ -135,6 +145,7 @@ using FilePath = Narrowed<Text, PathRule>;
 using Digest = Narrowed<Text, DigestRule>;
 using Count = Narrowed<Integer, CountRule>;
 using Size = Narrowed<Integer, RangeRule<1, max_dimension>>;
+using Part = Narrowed<Number, PartRule>;
 using Stage = Narrowed<Integer, RangeRule<0, 255>>;
 using Length = Narrowed<Integer, RangeRule<1, 1048576>>;
 using TokenId = Narrowed<Integer, TokenIdRule>;
@@ -218,9 +229,15 @@ struct DrawWords {
 };
 struct ColumnWords {
     using type = Column;
-    static constexpr std::array<WordPair<Column>, 3> all = {{{"initial_scale", Column::initial_scale},
+    static constexpr std::array<WordPair<Column>, 4> all = {{{"initial_scale", Column::initial_scale},
                                                              {"timesteps", Column::timesteps},
-                                                             {"coefficients", Column::coefficients}}};
+                                                             {"coefficients", Column::coefficients},
+                                                             {"start", Column::start}}};
+};
+struct FilterWords {
+    using type = Filter;
+    static constexpr std::array<WordPair<Filter>, 2> all = {
+        {{"lanczos", Filter::lanczos}, {"bicubic", Filter::bicubic}}};
 };
 struct PhaseWords {
     using type = Phase;
@@ -294,6 +311,15 @@ static void fields(Visitor& visit, Axis& value) {
 }
 
 template <class Visitor>
+static void fields(Visitor& visit, Resize& value) {
+    visit(Word<FilterWords>{}, "filter", value.filter);
+    visit(Size{}, "multiple", value.multiple);
+    visit.optional(Nullable<Size>{}, "area", value.area);
+    visit.optional(Nullable<Size>{}, "min_area", value.min_area);
+    visit.optional(Nullable<Size>{}, "max_area", value.max_area);
+}
+
+template <class Visitor>
 static void fields(Visitor& visit, ProvidedTensor& value) {
     visit(Word<DtypeWords>{}, "dtype", value.dtype);
     visit(Dimensions{}, "shape", value.shape);
@@ -305,6 +331,9 @@ static void fields(Visitor& visit, ProvidedTensor& value) {
     visit.optional(Nullable<Word<DrawWords>>{}, "draw", value.draw);
     visit.optional(Nullable<Word<ColumnWords>>{}, "column", value.column);
     visit.optional(Nullable<Name>{}, "guidance", value.guidance);
+    visit.optional(Nullable<Count>{}, "index", value.index);
+    visit.optional(Nullable<Name>{}, "from", value.origin);
+    visit.optional(List<Record<Resize>>{}, "resize", value.resize);
 }
 
 template <class Visitor>
@@ -343,6 +372,7 @@ template <class Visitor>
 static void fields(Visitor& visit, Results& value) {
     visit.optional(Nullable<Name>{}, "image", value.image);
     visit.optional(List<Name>{}, "deltas", value.deltas);
+    visit.optional(List<Name>{}, "outputs", value.outputs);
 }
 
 template <class Visitor>
@@ -362,6 +392,12 @@ static void fields(Visitor& visit, Sampler& value) {
     visit(Name{}, "class", value.class_name);
     visit(Sizes<2, StepsRule>{}, "steps", value.steps);
     visit.optional(Boolean{}, "stochastic", value.stochastic);
+    visit.optional(Nullable<Size>{}, "order", value.order);
+}
+
+template <class Visitor>
+static void fields(Visitor& visit, Strength& value) {
+    visit(Part{}, "default", value.default_strength);
 }
 
 template <class Visitor>
@@ -370,6 +406,7 @@ static void fields(Visitor& visit, Schedules& value) {
     visit(Name{}, "default", value.default_sampler);
     visit(Size{}, "default_steps", value.default_steps);
     visit(Table<Name, Record<Sampler>>{}, "samplers", value.samplers);
+    visit.optional(Nullable<Record<Strength>>{}, "strength", value.strength);
 }
 
 template <class Visitor>
@@ -387,6 +424,8 @@ static void fields(Visitor& visit, ImagePolicy& value) {
     visit(Size{}, "min", value.min);
     visit(Size{}, "max", value.max);
     visit(Size{}, "default_area", value.default_area);
+    visit.optional(List<Sizes<2, PairRule>>{}, "sizes", value.sizes);
+    visit.optional(Boolean{}, "enlarge", value.enlarge);
 }
 
 template <class Visitor>
@@ -416,6 +455,7 @@ static void fields(Visitor& visit, Tokenizer& value) {
     visit.optional(Word<SideWords>{}, "pad_side", value.pad_side);
     visit.optional(Boolean{}, "truncate", value.truncate);
     visit.optional(Template{}, "template", value.text_template);
+    visit.optional(Boolean{}, "lowercase", value.lowercase);
 }
 
 template <class Visitor>
@@ -518,6 +558,21 @@ bool is_safe_path(std::string_view path) {
         start = end + 1;
     }
     return true;
+}
+
+bool is_guided(const std::vector<Guidance>& guidance,
+               const std::map<std::string, std::vector<double>>* scales) {
+    bool conditions = false;
+    for (const Guidance& scale : guidance) {
+        if (!scale.decides()) continue;
+        const std::vector<double> values =
+            scales == nullptr ? std::vector<double>{scale.default_scale} : scales->at(scale.name);
+        const bool holds = std::any_of(values.begin(), values.end(),
+                                       [&](double value) { return scale.satisfied(value); });
+        if (!holds) return false;
+        conditions = true;
+    }
+    return conditions;
 }
 
 std::vector<std::int64_t> DeltaTarget::a_shape() const {

@@ -93,7 +93,7 @@ struct Axis {
 
 enum class TensorSource { image, text, mask, noise, schedule, guidance, gate, input };
 enum class Draw { initial, step };
-enum class Column { initial_scale, timesteps, coefficients };
+enum class Column { initial_scale, timesteps, coefficients, start };
 enum class Phase { load, request, step, final };
 enum class TargetKind { linear, conv, experts };
 enum class PadSide { left, right };
@@ -101,6 +101,15 @@ enum class PadSide { left, right };
 std::string_view name(TensorSource source);
 std::string_view name(Phase phase);
 std::string_view name(TargetKind kind);
+
+enum class Filter { lanczos, bicubic };
+
+// How a photograph is brought to another size: sides are multiples of `multiple`; areas in pixels.
+struct Resize {
+    Filter filter = Filter::lanczos;
+    std::int64_t multiple = 1;
+    std::optional<std::int64_t> area, min_area, max_area;
+};
 
 // A tensor that the runtime provides; `source` says from what, the other keys depend on it.
 struct ProvidedTensor {
@@ -111,6 +120,9 @@ struct ProvidedTensor {
     std::optional<Draw> draw;
     std::optional<Column> column;
     std::optional<std::string> guidance;
+    std::optional<std::int64_t> index;
+    std::optional<std::string> origin;
+    std::vector<Resize> resize;
 
     // Whether the tensor has another value in every step.
     bool changes() const noexcept {
@@ -163,7 +175,7 @@ struct Call {
 // What the program is for.
 struct Results {
     std::optional<std::string> image;
-    std::vector<std::string> deltas;
+    std::vector<std::string> deltas, outputs;
 };
 
 // An initial state of zeros.
@@ -177,11 +189,18 @@ struct State {
     std::variant<std::string, Zeros> initial;
 };
 
-// One table of the schedule file. `steps` are the smallest and the largest step count.
+// One table of the schedule file. `steps` are the smallest and the largest step count, `order` the number of
+// evaluations that a step stands for, where the sampler may start midway.
 struct Sampler {
     std::string class_name;
     std::array<std::int64_t, 2> steps = {1, 1};
     bool stochastic = false;
+    std::optional<std::int64_t> order;
+};
+
+// How much of the schedule a request runs that starts midway, from its photo: 1 is all of it.
+struct Strength {
+    double default_strength = 1;
 };
 
 // The schedule file and its samplers.
@@ -189,24 +208,34 @@ struct Schedules {
     std::string file, default_sampler;
     std::int64_t default_steps = 1;
     Ordered<Sampler> samplers;
+    std::optional<Strength> strength;
 };
 
-// A guidance scale, in effect if it is above `above`, or at least `at_least`.
+// A guidance scale; a request is guided only if it is above `above`, or at least `at_least`.
 struct Guidance {
     std::string name;
     double default_scale = 0;
     std::optional<double> above, at_least;
 
+    // Whether it has a say in whether a request is guided; otherwise graphs merely read it.
+    bool decides() const noexcept { return above.has_value() || at_least.has_value(); }
     // Whether `scale` asks for guidance.
     bool satisfied(double scale) const noexcept {
         return above ? scale > *above : at_least.has_value() && scale >= *at_least;
     }
 };
 
-// How a photograph's size becomes a working size; lengths in pixels.
+// Whether a request is guided: there is a condition, and each one holds for at least one sample. `scales`:
+// the values of each scale, one per sample; null stands for the defaults.
+bool is_guided(const std::vector<Guidance>& guidance,
+               const std::map<std::string, std::vector<double>>* scales = nullptr);
+
+// How a photograph's size becomes a working size; lengths in pixels. `sizes`: width, height.
 struct ImagePolicy {
     std::string tensor;
     std::int64_t multiple = 1, min = 1, max = 1, default_area = 1;
+    std::vector<std::array<std::int64_t, 2>> sizes;
+    bool enlarge = false;
 };
 
 // A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width, `experts`
@@ -242,6 +271,7 @@ struct Tokenizer {
     PadSide pad_side = PadSide::right;
     bool truncate = true;
     std::string text_template = "{}";  // a text stands in the place of `{}`
+    bool lowercase = false;            // texts are stripped and lowercased before
 };
 
 // A checkpoint file that linked weights point into.

@@ -19,6 +19,7 @@ using codec::malformed;
 
 // Of all calls together: graphs are listed once and called often, so that a short manifest could make a long
 // program.
+constexpr std::int64_t max_pictures = 64;  // of one request
 constexpr std::size_t max_ports = std::size_t{1} << 20;
 
 // Names in a set; they live in the manifest.
@@ -106,6 +107,7 @@ private:
     void deltas() const;
     void tensors() const;
     void keys(const std::string& where, const ProvidedTensor& tensor) const;
+    void picture(const std::string& where, const ProvidedTensor& tensor) const;
     void source(const std::string& where, const ProvidedTensor& tensor) const;
     void graphs() const;
     void program();
@@ -265,9 +267,8 @@ void Validator::guidance() {
             throw malformed(at("guidance", i) + ".name", "repeats " + show(guidance.name),
                             "a name of its own");
         }
-        if (guidance.above.has_value() == guidance.at_least.has_value()) {
-            throw malformed(at("guidance", i), "does not say when it applies",
-                            "exactly one of `above` and `at_least`");
+        if (guidance.above && guidance.at_least) {
+            throw malformed(at("guidance", i), "has two conditions", "`above`, `at_least`, or neither");
         }
     }
 }
@@ -279,6 +280,13 @@ void Validator::schedules() const {
     if (m_.schedules->default_steps < low || m_.schedules->default_steps > high) {
         throw malformed("schedules.default_steps", "is " + std::to_string(m_.schedules->default_steps),
                         std::to_string(low) + " to " + std::to_string(high) + ", as the sampler takes");
+    }
+    const std::optional<Strength>& strength = m_.schedules->strength;
+    if (strength && strength->default_strength < 1 &&
+        !m_.schedules->samplers.at(m_.schedules->default_sampler).order) {
+        throw malformed("schedules.strength.default",
+                        "is " + repr(strength->default_strength) + ", but the default sampler has no `order`",
+                        "1, or a sampler that may start midway");
     }
 }
 
@@ -348,14 +356,14 @@ void Validator::tensors() const {
     }
 }
 
-// The keys that each source needs and allows; of `text` and `constant`, exactly one.
+// The keys that each source needs and allows; of `text` and `constant`, exactly one, and of an image's any.
 void Validator::keys(const std::string& where, const ProvidedTensor& tensor) const {
     struct Key {
         std::string_view name;
         bool given;
         TensorSource source;  // the one that it goes with
     };
-    const std::array<Key, 7> all = {{
+    const std::array<Key, 10> all = {{
         {"text", tensor.text.has_value(), TensorSource::text},
         {"constant", tensor.constant.has_value(), TensorSource::text},
         {"tokenizer", tensor.tokenizer.has_value(), TensorSource::text},
@@ -363,6 +371,9 @@ void Validator::keys(const std::string& where, const ProvidedTensor& tensor) con
         {"draw", tensor.draw.has_value(), TensorSource::noise},
         {"column", tensor.column.has_value(), TensorSource::schedule},
         {"guidance", tensor.guidance.has_value(), TensorSource::guidance},
+        {"index", tensor.index.has_value(), TensorSource::image},
+        {"from", tensor.origin.has_value(), TensorSource::image},
+        {"resize", !tensor.resize.empty(), TensorSource::image},
     }};
     for (const Key& key : all) {
         const bool allowed = key.source == tensor.source;
@@ -370,9 +381,34 @@ void Validator::keys(const std::string& where, const ProvidedTensor& tensor) con
             throw malformed(where + "." + str(key.name),
                             "does not go with source " + str(name(tensor.source)), "no such key");
         }
-        if (!key.given && allowed && key.name != "text" && key.name != "constant") {
+        const bool optional =
+            key.source == TensorSource::image || key.name == "text" || key.name == "constant";
+        if (!key.given && allowed && !optional) {
             throw malformed(where + "." + str(key.name), "is missing",
                             "it with source " + str(name(tensor.source)));
+        }
+    }
+}
+
+// Which of a request's photographs a tensor shows, and at what size.
+void Validator::picture(const std::string& where, const ProvidedTensor& tensor) const {
+    if (tensor.index.value_or(0) >= max_pictures) {
+        throw malformed(where + ".index", "is " + std::to_string(*tensor.index),
+                        "a number below " + std::to_string(max_pictures));
+    }
+    if (tensor.origin) {
+        known(where + ".from", *tensor.origin, m_.tensors, "a tensor that the runtime provides");
+        const ProvidedTensor& origin = m_.tensors.at(*tensor.origin);
+        if (origin.source != TensorSource::image || !origin.resize.empty() ||
+            origin.index.value_or(0) != tensor.index.value_or(0)) {
+            throw malformed(where + ".from", "is " + show(*tensor.origin),
+                            "a tensor with source `image`, the same `index` and no `resize`");
+        }
+        if (tensor.resize.empty()) throw malformed(where + ".resize", "is missing", "it with `from`");
+    }
+    for (const Resize& step : tensor.resize) {
+        if (step.min_area && step.max_area && *step.min_area > *step.max_area) {
+            throw malformed(where + ".resize", "has a min_area above its max_area", "the smaller one first");
         }
     }
 }
@@ -415,6 +451,7 @@ void Validator::source(const std::string& where, const ProvidedTensor& tensor) c
                 throw malformed(where + ".shape", "is " + written(tensor.shape),
                                 R"(["batch", height, width, 3])");
             }
+            picture(where, tensor);
             break;
         case TensorSource::text:
             if (tensor.text.has_value() == tensor.constant.has_value()) {
@@ -440,7 +477,11 @@ void Validator::source(const std::string& where, const ProvidedTensor& tensor) c
                 throw malformed(where, "reads the schedule, but there is no `schedules`",
                                 "a `schedules` section");
             }
-            if (tensor.column != Column::coefficients) {
+            if (tensor.column == Column::start && !m_.schedules->strength) {
+                throw malformed(where, "reads where a request starts, but there is no `schedules.strength`",
+                                "`strength`");
+            }
+            if (tensor.column != Column::coefficients && tensor.column != Column::start) {
                 fixed(floats, Dims{});
                 break;
             }
@@ -546,8 +587,10 @@ void Validator::program() {
     std::stable_sort(order.begin(), order.end(), [this](std::size_t a, std::size_t b) {
         return m_.program[a].phase < m_.program[b].phase;
     });
+    const bool both = std::any_of(m_.guidance.begin(), m_.guidance.end(),
+                                  [](const Guidance& guidance) { return guidance.decides(); });
     for (const bool guided : {false, true}) {
-        if (guided && m_.guidance.empty()) break;
+        if (guided && !both) break;
         std::vector<std::size_t> part;
         std::copy_if(order.begin(), order.end(), std::back_inserter(part),
                      [&](std::size_t i) { return m_.program[i].runs(guided); });
@@ -689,8 +732,8 @@ void Validator::state(const Flow& flow) const {
 }
 
 void Validator::results(const Flow& flow) const {
-    if (!m_.results.image && m_.results.deltas.empty()) {
-        throw malformed("results", "is empty", "an `image`, `deltas`, or both");
+    if (!m_.results.image && m_.results.deltas.empty() && m_.results.outputs.empty()) {
+        throw malformed("results", "is empty", "an `image`, `deltas` or `outputs`");
     }
     if (m_.results.image) {
         known("results.image", *m_.results.image, flow.made, "made by a call");
@@ -716,6 +759,13 @@ void Validator::results(const Flow& flow) const {
             throw malformed(key, "is " + written(value.dtype, value.shape), "float32 with at least 3 axes");
         }
     }
+    std::set<std::string> seen;
+    for (std::size_t i = 0; i < m_.results.outputs.size(); ++i) {
+        const std::string& result = m_.results.outputs[i];
+        const std::string key = at("results.outputs", i);
+        known(key, result, flow.made, "made by a call");
+        if (!seen.insert(result).second) throw malformed(key, "repeats " + show(result), "each name once");
+    }
 }
 
 void Validator::image() const {
@@ -730,6 +780,16 @@ void Validator::image() const {
                         "has no multiple of " + std::to_string(policy.multiple) + " from " +
                             std::to_string(policy.min) + " to " + std::to_string(policy.max),
                         "at least one size");
+    }
+    for (std::size_t i = 0; i < policy.sizes.size(); ++i) {
+        const auto& [width, height] = policy.sizes[i];
+        for (const std::int64_t side : policy.sizes[i]) {
+            if (side % policy.multiple == 0 && side >= policy.min && side <= policy.max) continue;
+            throw malformed(at("image.sizes", i),
+                            "is [" + std::to_string(width) + ", " + std::to_string(height) + "]",
+                            "multiples of " + std::to_string(policy.multiple) + " from " +
+                                std::to_string(policy.min) + " to " + std::to_string(policy.max));
+        }
     }
 }
 

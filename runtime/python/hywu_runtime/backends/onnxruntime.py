@@ -216,8 +216,8 @@ class OnnxRuntime:
     def load(self, file: Path, weights: Mapping[str, Weight], stage: int = 0) -> OrtSession:
         """See :class:`hywu_runtime.backends.Backend`.
 
-        Buffers are all on the backend's own device: ONNX Runtime copies what a session on another one reads and
-        makes.
+        Buffers are all on the backend's own device: ONNX Runtime copies what a session on another one reads
+        and makes.
 
         Raises:
             BundleError: the graph is damaged or does not suit ONNX Runtime.
