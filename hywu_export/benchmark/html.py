@@ -90,7 +90,7 @@ def _tile(label: str, value: str, detail: str) -> str:
 def _stages(result: Mapping[str, Any]) -> str:
     stages = result["stages"]
     rows = "".join(
-        f"<tr><td>{escape(name)}</td>"
+        f"<tr><td>{_label(name)}</td>"
         + "".join(f'<td class="number">{n[c] if c == "count" else milliseconds(n[c])}</td>' for c in _COLUMNS)
         + f'<td class="number">{n["variation"]:.1%}</td></tr>'
         for name, n in stages.items()
@@ -139,7 +139,7 @@ def _history(result: Mapping[str, Any], others: Sequence[tuple[str, Mapping[str,
     points.append(("now", result["stages"]["edit"]["p50"]))
     name, last = others[-1]
     rows = "".join(
-        f'<tr><td>{escape(stage)}</td><td class="number">{milliseconds(old)}</td>'
+        f'<tr><td>{_label(stage)}</td><td class="number">{milliseconds(old)}</td>'
         f'<td class="number">{milliseconds(new)}</td><td class="number">{new / old:.3f}</td></tr>'
         for stage, (old, new) in ratios(last, result).items()
         if old > 0
@@ -169,6 +169,10 @@ def _machine(result: Mapping[str, Any]) -> str:
         for key, value in facts.items()
     )
     return f'<section><h2>Machine</h2><table class="facts">{rows}</table></section>'
+
+
+def _label(stage: str) -> str:
+    return escape(stage.replace("_", " "))
 
 
 def _words(value: Any) -> str:

@@ -13,6 +13,8 @@ _LEFT = 150.0
 
 def milliseconds(seconds: float) -> str:
     """A time for people, with three figures: ``0.018 ms``, ``222 ms``, ``1.71 s``."""
+    if seconds == 0:
+        return "0 ms"
     if abs(seconds) >= 1:
         return f"{seconds:.2f} s" if abs(seconds) < 100 else f"{seconds:.0f} s"
     value = 1000 * seconds
@@ -34,7 +36,7 @@ def stage_bars(stages: Mapping[str, Mapping[str, float]]) -> str:
         parts.append(_text(x(tick), bottom + 16, milliseconds(tick), "middle"))
     for row, (name, numbers) in enumerate(stages.items()):
         middle = 26.0 * row + 17
-        parts.append(_text(_LEFT - 10, middle + 4, name, "end", "label"))
+        parts.append(_text(_LEFT - 10, middle + 4, name.replace("_", " "), "end", "label"))
         width = max(1.0, x(numbers["p50"]) - _LEFT)
         title = f"<title>{escape(name)}: p50 {milliseconds(numbers['p50'])}</title>"
         parts.append(

@@ -13,8 +13,11 @@ STAGES = (
     "prepare",
     "first_step",
     "steady_step",
+    "step",
     "decode",
+    "outside",
     "edit",
+    "generate_call",
 )
 """In the order of an edit. What a bundle or a run does not have is left out."""
 _STEPS_OWN = ("noise", "schedule")
