@@ -176,7 +176,10 @@ int bench(int count, char** values) {
         const double whole = edit_once();
         const hywu::Timings timings = editor.timings();
         for (const auto& [graph, seconds] : timings.graphs) add(graph, seconds);
-        for (const double seconds : timings.steps) add("step", seconds);
+        for (std::size_t k = 0; k < timings.steps.size(); ++k) {
+            add("step", timings.steps[k]);
+            if (timings.steps.size() > 1) add(k == 0 ? "first_step" : "steady_step", timings.steps[k]);
+        }
         add("edit", whole);
         bar.show(static_cast<std::int32_t>(run + 1), static_cast<std::int32_t>(runs));
     }
@@ -188,7 +191,7 @@ int bench(int count, char** values) {
         for (std::size_t run = 0; run < runs; ++run) {
             const auto begin = Clock::now();
             (void)editor.generate(hywu::Pixels(view), samples[0].prompt, request);
-            add("generate", seconds_since(begin));
+            add("generate_call", seconds_since(begin));
         }
     }
 
@@ -210,6 +213,9 @@ int bench(int count, char** values) {
     result["cold"] = {{"open", opened}, {"first_edit", first}, {"load", cold.load}};
     result["warm_up"] = {{"edits", warm.size() + 1}, {"stable", stable(warm)}};
     result["runs"] = runs;
+    const std::vector<double>& whole = times["edit"];
+    result["edits_per_second"] =
+        static_cast<double>(runs * batch) / std::accumulate(whole.begin(), whole.end(), 0.0);
     Json stages = Json::object();
     for (const std::string& stage : order) stages[stage] = summary(times[stage]);
     result["stages"] = stages;

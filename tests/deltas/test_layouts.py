@@ -78,13 +78,9 @@ def test_slices_of_a_fused_projection(
         for product in wanted
     ]
     assert np.array_equal(b @ a, np.concatenate(rows, 1))
-    separate = split_rows(
-        stack_rows([one_b for _, one_b in pairs if one_b.shape[2] == parts[0][0]], groups),
-        [groups * n for rank, n in parts if rank == parts[0][0]],
-        groups,
-    )
-    kept = [one_b for _, one_b in pairs if one_b.shape[2] == parts[0][0]]
-    assert all(np.array_equal(x, y) for x, y in zip(separate, kept))
+    first = [b for (_, b), (rank, _) in zip(pairs, parts) if rank == parts[0][0]]
+    back = split_rows(stack_rows(first, groups), [b.shape[1] for b in first], groups)
+    assert all(np.array_equal(x, y) for x, y in zip(back, first, strict=True))
 
 
 def test_fused_in_the_base_separate_in_the_generator() -> None:

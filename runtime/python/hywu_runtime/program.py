@@ -103,11 +103,14 @@ class Timings:
     """Seconds of the last run, of the device where it works on its own.
 
     ``graphs``: by graph, without the step phase. ``steps``: by evaluation. ``load``: loading graphs.
+    ``bind``: putting what the caller gives, deltas among it, into the graphs' buffers, and binding these
+    where they are new.
     """
 
     graphs: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
     load: float = 0.0
+    bind: float = 0.0
     total: float = 0.0
 
 
@@ -189,8 +192,10 @@ class Executor:
             self._release()
             self._layout, self._given, self._axes = layout, plan.given, layout[1]
         try:
+            begin = time.perf_counter()
             for name, array in request.values.items():
                 self._buffer((name, _OWN)).write(array)
+            self.timings.bind += time.perf_counter() - begin
             self._run_load(plan)
             self._run_phase(plan.calls["request"], request, _FIRST)
             unseen = self._check_finite(request.finite)
@@ -382,10 +387,12 @@ class Executor:
             if self.low_memory and not keep:
                 self._keep_sessions((call.graph,))
             session = self._session(call.graph)
+            begin = time.perf_counter()
             inputs = {port: self._tensor(name, turn) for port, name in self._manifest.reads(call).items()}
             writes = self._manifest.writes(call).items()
             outputs = {port: self._buffer(self._target(name, turn)) for port, name in writes}
             binding = self._bindings[index, turn] = session.bind(inputs, outputs)
+            self.timings.bind += time.perf_counter() - begin
         return binding
 
     def _session(self, graph: str) -> Session:
