@@ -28,8 +28,9 @@ const std::vector<Option> options = {
     {"--prompt", "TEXT", "The instruction.  [default: \"make it sepia\"]"},
     {"--batch", "N", "Samples of one edit, each with its own deltas.  [default: 1]"},
     {"--steps", "N", "Steps of the scheduler.  [default: the bundle's]"},
+    {"--strength", "X", "Part of the steps to run, from the photo on.  [default: the bundle's]"},
     {"--scheduler", "NAME", "One of the bundle's schedulers.  [default: its first]"},
-    {"--guidance", "X", "Guidance by the prompt.  [default: the bundle's]"},
+    {"--guidance", "[NAME=]X", "Guidance by the prompt, or the scale of that name; repeat for more.", true},
     {"--image-guidance", "X", "Guidance by the photo.  [default: the bundle's]"},
     {"--size", "WxH", "Size of the picture.  [default: near the photo's]"},
     {"--runs", "N", "Edits that are measured.  [default: 20]"},
@@ -121,8 +122,9 @@ int bench(int count, char** values) {
 
     hywu::EditOptions request;
     request.steps = static_cast<std::int32_t>(arguments.integer("--steps", 1, 1 << 30).value_or(0));
+    request.strength = arguments.part("--strength").value_or(0);
     request.sampler = arguments.text("--scheduler").value_or("");
-    if (const auto x = arguments.number("--guidance")) request.guidance["text"] = {*x};
+    request.guidance = arguments.scales("--guidance");
     if (const auto x = arguments.number("--image-guidance")) request.guidance["image"] = {*x};
     if (const auto size = arguments.size("--size")) std::tie(request.width, request.height) = *size;
     hywu::tools::Image photo;

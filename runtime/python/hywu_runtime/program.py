@@ -336,10 +336,11 @@ class Executor:
         return unseen
 
     def _check_result(self, plan: Plan, after: _Turn) -> None:
-        """Refuses carried values that are not finite; they are small, and a wrong delta shows in them."""
+        """Refuses carried values and results that are not finite; a wrong delta shows in these, and they are
+        small."""
         calls = [self._manifest.program[i] for i in plan.calls["final"]]
         read = {name for call in calls for name in self._manifest.reads(call).values()}
-        for name in sorted(read & self._states.keys()):
+        for name in sorted((read & self._states.keys()) | set(plan.wanted)):
             tensor = self._tensor(name, after)
             if tensor.dtype.kind == "f" and not np.isfinite(tensor.read()).all():
                 raise DeltaError(
@@ -477,6 +478,8 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
             raise _mismatch(name, array, signature)
         for dimension, size in zip(signature.shape, array.shape):
             axis = manifest.axes.get(dimension) if isinstance(dimension, str) else None
+            if axis is not None and axis.sum:
+                continue  # compared when all sizes are known
             base, factor = (
                 (axis.of, axis.divide or 1) if axis is not None and axis.of is not None else (dimension, 1)
             )
@@ -486,11 +489,9 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
     for name, axis in manifest.axes.items():
         if axis.one_or is not None and axis.one_or in sizes:
             sizes.setdefault(name, sizes[axis.one_or])
-        if axis.of is not None and axis.of in sizes:
-            sizes[name] = sizes[axis.of] // (axis.divide or 1)
     for name, size in sizes.items():
         axis = manifest.axes.get(name)
-        if axis is None or axis.of is not None:
+        if axis is None or axis.derived:
             continue
         low, high = axis.min or 1, axis.max or 1
         if not low <= size <= high or size % axis.multiple:
@@ -506,6 +507,13 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
                 f"Expected 1 or the size of {axis.one_or}, {sizes[axis.one_or]}",
                 "Give one set for all samples, or one for each",
             )
+    for name, axis in manifest.axes.items():
+        if axis.derived and (size := axis.size(sizes)) is not None:
+            sizes[name] = size
+    for name, array in arrays.items():
+        for dimension, size in zip(manifest.signatures[name].shape, array.shape):
+            if isinstance(dimension, str) and sizes.get(dimension, size) != size:
+                raise _mismatch(name, array, manifest.signatures[name])
     return sizes
 
 
