@@ -464,7 +464,8 @@ def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTabl
     tables: dict[str, ScheduleTable] = {}
     for sampler in options.samplers or (own,):
         if isinstance(family, OwnSchedule):
-            table = family.schedule(sampler, options.max_steps)
+            name = sampler if isinstance(sampler, str) else sampler.__name__
+            table = family.schedule(name, options.max_steps)
         else:
             table = trace_scheduler(make_scheduler(sampler, config), options.max_steps)
         tables[table.name] = table

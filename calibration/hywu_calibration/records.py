@@ -72,7 +72,7 @@ class RecordingBackend(OnnxRuntime):
         self._graphs = {bundle.file(graph.file): name for name, graph in manifest.graphs.items()}
         self._sessions: dict[str, Session] = {}
 
-    def load(self, file: Path, weights: Mapping[str, Weight]) -> Any:
+    def load(self, file: Path, weights: Mapping[str, Weight], stage: int = 0) -> Any:
         graph = self._graphs[file]
         if graph not in self._sessions:
             if graph in self.tape.steps:

@@ -99,11 +99,13 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
                 "class": sampler.class_name,
                 "steps": list(sampler.steps),
                 "stochastic": sampler.stochastic,
+                "midway": sampler.order is not None,
             }
             for name, sampler in schedules.samplers.items()
         },
         "default_scheduler": None if schedules is None else schedules.default,
         "default_steps": None if schedules is None else schedules.default_steps,
+        "default_strength": schedules.strength.default if schedules and schedules.strength else None,
         "deltas": None
         if deltas is None
         else {
@@ -293,5 +295,9 @@ def _term_text(term: Term) -> str:
 def _notes(name: str, sampler: dict[str, Any], summary: dict[str, Any]) -> str:
     notes = ["draws noise in every step"] if sampler["stochastic"] else []
     if name == summary["default_scheduler"]:
-        notes.insert(0, f"default, with {plural(summary['default_steps'], 'step')}")
+        strength = summary["default_strength"]
+        midway = "" if strength is None else f" and a strength of {strength:g}"
+        notes.insert(0, f"default, with {plural(summary['default_steps'], 'step')}{midway}")
+    if summary["default_strength"] is not None and not sampler["midway"]:
+        notes.append("starts from noise alone")
     return "; ".join(notes)

@@ -194,7 +194,8 @@ class DeltaSpec:
 
     @classmethod
     def from_patterns(cls, module: nn.Module, patterns: Sequence[str], max_rank: int) -> DeltaSpec:
-        """Every Linear, ungrouped Conv2d and `ExpertLinear` of ``module`` that ``patterns`` match, in the model's order.
+        """Every Linear, ungrouped Conv2d and `ExpertLinear` of ``module`` that ``patterns`` match, in the
+        model's order.
 
         A pattern is a module path, or the end of one from a dot on as in PEFT (``to_q``, ``attn1.to_q``), or
         either with the wildcards of `fnmatch`, where ``*`` also spans dots (``*.attn?.to_*``). Matched

@@ -45,9 +45,10 @@ class Limits:
 class TextEncoding:
     """How a pipeline brings texts to token ids: the tokenizer's ``folder``; the rest as in the manifest.
 
-    The length is that of the text tensors which use it. ``name`` is that of the file in the bundle, the folder's
-    by default. ``pad_id`` is given where the folder's own settings are not to be asked, but its ``tokenizer.json``
-    taken as it is; without ``special_tokens``, what that file would add to a text is left out.
+    The length is that of the text tensors which use it. ``name`` is that of the file in the bundle, the
+    folder's by default. ``pad_id`` is given where the folder's own settings are not to be asked, but its
+    ``tokenizer.json`` taken as it is; without ``special_tokens``, what that file would add to a text is left
+    out.
     """
 
     folder: Path
@@ -124,7 +125,8 @@ class ComputedCondition:
     Attributes:
         part: graphs and calls that make ``inputs`` from what the base's own plan provides.
         inputs: tensors of the condition, on the way.
-        join: a module that makes of them the condition ``[B, n, input_dim]``, and its mask, boolean ``[B, n]``:
+        join: a module that makes of them the condition ``[B, n, input_dim]``, and its mask, boolean ``[B,
+        n]``:
             what is false is padding.
     """
 

@@ -184,7 +184,7 @@ class FluxKontext:
         }
         settings = folder / "scheduler" / "scheduler_config.json"
         self.scheduler = class_name(settings), read_config(settings)
-        self._text_length = MAX_TEXT_LENGTH
+        self._text_length = MAX_TEXT_LENGTH  # of the latest plan
         self._clip_length = read_config(folder / "tokenizer" / "tokenizer_config.json").get(
             "model_max_length"
         )

@@ -1,12 +1,13 @@
 """HunyuanImage-3.0-Instruct: an autoregressive mixture of experts that also denoises pictures.
 
-Its checkpoint is a transformers folder: ``config.json`` with ``model_type`` ``hunyuan_image_3_moe``, weights under
-``model*.safetensors``, ``tokenizer.json``, ``generation_config.json``.
+Its checkpoint is a transformers folder: ``config.json`` with ``model_type`` ``hunyuan_image_3_moe``, weights
+under ``model*.safetensors``, ``tokenizer.json``, ``generation_config.json``.
 
 The text that is encoded is finished: the prompt, and directly behind it, if the model was asked for them,
 the thoughts it wrote (``<think>…</think><recaption>…</recaption>``). Writing them is a text model's loop and
-lies outside the bundle. Assumed where the public files are silent: ``cond_token_attn_type`` is what config.json
-says, ``full`` where it says nothing; the photo is one, and has the size of the picture that is made.
+lies outside the bundle. Assumed where the public files are silent: ``cond_token_attn_type`` is what
+config.json says, ``full`` where it says nothing; the photo is one, and has the size of the picture that is
+made.
 
 A checkpoint without VAE gives a bundle whose photo is latents and ViT patches, given by the caller, and which
 ends with the state ``latents``.
@@ -31,12 +32,12 @@ from hywu_export.families.hunyuan import graphs
 from hywu_export.families.hunyuan.config import HunyuanConfig
 from hywu_export.families.hunyuan.model import HunyuanImage3
 from hywu_export.families.hunyuan.schedule import DEFAULT_SHIFT, ShiftedFlowScheduler
-from hywu_export.families.hunyuan.sequence import Suffix, Tokens, read_tokens
+from hywu_export.families.hunyuan.sequence import Suffix, Tokens, buckets, read_tokens
 from hywu_export.families.hunyuan.vision import Patches
 from hywu_export.schedules import make_scheduler, sampler_name
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
 from hywu_runtime.errors import InputError, UnsupportedError
-from hywu_runtime.manifest import Call, Guidance, ImagePolicy, ProvidedTensor, State, Zeros
+from hywu_runtime.manifest import Call, Dtype, Guidance, ImagePolicy, ProvidedTensor, State, Zeros
 
 TOKENIZER = "main"
 LAYERS = "model.layers."
@@ -100,8 +101,9 @@ class HunyuanImage3Instruct:
 
     @property
     def multiple(self) -> int:
-        """What the sides of pictures are multiples of, in pixels."""
-        return math.lcm(self.config.downsample, max(self.config.base_size // 16, 1))
+        """What the sides of pictures are multiples of, in pixels: as in the buckets, some of which are no
+        multiples of a sixteenth of the base size."""
+        return self.config.downsample
 
     @property
     def _text_length(self) -> int:
@@ -364,11 +366,20 @@ class HunyuanImage3Instruct:
         plan.tensors["image"] = ProvidedTensor("uint8", pixels.shape, "image")
         plan.program += [Call("image_encoder", "request"), Call("image_patches", "request")]
         area = limits.area or min(side.max, self.config.base_size) ** 2
-        plan.image = ImagePolicy("image", side.multiple, side.min, side.max, area)
+        known = [(width, height) for height, width in buckets(self.config.base_size)]
+        fit = limits.area is None and all(
+            side.min <= length <= side.max and length % side.multiple == 0
+            for size in known
+            for length in size
+        )
+        plan.image = ImagePolicy(
+            "image", side.multiple, side.min, side.max, area, tuple(dict.fromkeys(known)) if fit else ()
+        )
 
     def _given_photo(self, plan: Plan, *inputs: TensorSpec) -> None:
         for tensor in inputs:
-            plan.tensors[tensor.name] = ProvidedTensor(tensor.dtype, tensor.shape, "input")
+            dtype: Dtype = "int64" if tensor.dtype == "int64" else "float32"
+            plan.tensors[tensor.name] = ProvidedTensor(dtype, tensor.shape, "input")
 
     def reference_edit(self, edit: ReferenceEdit) -> npt.NDArray[np.uint8]:
         from hywu_export.families.hunyuan.reference import edit as run

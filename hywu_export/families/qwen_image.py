@@ -88,17 +88,17 @@ def _channels(values: Sequence[float]) -> Tensor:
 
 
 def _length(x: Tensor, dim: int) -> Tensor:
-    """Euclidean, with the dimension kept."""
-    return (x * x).sum(dim, keepdim=True).sqrt()
+    """Euclidean, with the dimension kept. Of powers, which stay in FP32 where the rest is FP16."""
+    return x.pow(2).sum(dim, keepdim=True).sqrt()
 
 
 class Step(nn.Module):
     """One evaluation of the transformer with its deltas, guidance, and the sampler's update.
 
     Inputs: latents ``[B, C, h, w]``, coefficients ``[3]`` (`Shift.levels`), gate ``[B]``, latents of every
-    picture, then of the prompt: mask ``[B, L]`` of its tokens, the states of texts ``[B, T, C]`` and of every
-    picture; if guided, the states of the negative prompt's texts, their mask and its pictures in the same
-    order, and the scale ``[B]``; at last the deltas in the order of ``spec.tensors()``.
+    picture; then of the prompt the mask ``[B, L]`` of its tokens, the states of texts ``[B, T, C]`` and those
+    of every picture ``[B, rows, columns, C]``; if guided, the same of the negative prompt, and the scale
+    ``[B]``; at last the deltas in the order of ``spec.tensors()``.
 
     Args:
         lengths: tokens before each picture, as `assemble` takes them.
@@ -139,15 +139,13 @@ class Step(nn.Module):
         """The model output ``[B, tokens, 4 C]`` for the latents, guided."""
         shapes = [(x.shape[2] // 2, x.shape[3] // 2) for x in (latents, *pictures)]
         x = torch.cat([_pack(x) for x in (latents, *pictures)], 1)
-        size = len(self.lengths) + 2
-        states, masks = zip(
-            *(self._prompt(prompts[:size]), *([self._prompt(prompts[size:-1])] if self.guided else []))
-        )
+        size = len(self.lengths) + 2  # tensors of a prompt
+        states, mask = self._prompt(prompts[:size])
         if self.guided:
             x = torch.cat([x, x])
-        made = denoise(
-            self.transformer, x, shapes, torch.cat(states), torch.cat(masks), level.expand(x.shape[0])
-        )
+            others, other_mask = self._prompt(prompts[size:-1])
+            states, mask = torch.cat([states, others]), torch.cat([mask, other_mask])
+        made = denoise(self.transformer, x, shapes, states, mask, level.expand(x.shape[0]))
         made = made[:, : shapes[0][0] * shapes[0][1]]
         if not self.guided:
             return made

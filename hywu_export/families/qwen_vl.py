@@ -263,7 +263,11 @@ class PromptEncoder(nn.Module):
             attention_mask={"full_attention": causal},
             use_cache=False,
         ).last_hidden_state
-        states: tuple[Tensor, ...] = hidden.split([part.shape[1] for part in parts], 1)
+        states, begin = [], 0
+        for part in parts:  # not split(): ONNX has none for so many free sizes
+            end = begin + part.shape[1]
+            states.append(hidden.index_select(1, torch.arange(begin, end)))
+            begin = end
         texts = torch.cat([states[0][:, self.drop :], *states[2::2]], 1)
         return texts, *(state.reshape(picture.shape) for state, picture in zip(states[1::2], pictures))
 
@@ -282,12 +286,11 @@ def _grid_positions(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 def assemble(texts: Tensor, pictures: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
     """The sequence ``[B, S, C]`` of what `PromptEncoder` gives apart: ``lengths`` of all texts but the last,
     in tokens."""
-    rest = texts.shape[1] - sum(lengths)
-    pieces = torch.split(texts, [*lengths, rest], 1)
-    parts = [pieces[0]]
-    for picture, text in zip(pictures, pieces[1:]):
-        parts += [picture.flatten(1, 2), text]
-    return torch.cat(parts, 1)
+    parts, begin = [], 0
+    for picture, length in zip(pictures, lengths):
+        parts += [texts[:, begin : begin + length], picture.flatten(1, 2)]
+        begin += length
+    return torch.cat([*parts, texts[:, begin:]], 1)
 
 
 def make_text_encoder(config: Mapping[str, Any]) -> Qwen2_5_VLForConditionalGeneration:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hywu_export.families.autoencoder import ImageDecoder
 from hywu_export.families.base import ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
 from hywu_export.families.components import Component, class_name, open_component, read_config
 from hywu_export.families.gemma import last_states, make_gemma
+from hywu_export.families.midway import START, Prepare, drawn
 from hywu_export.families.pixels import from_pixels
 from hywu_export.schedules import ScheduleTable, apply_row, make_scheduler, trace_scheduler, with_start
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
@@ -70,13 +71,6 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
         return (self.vae.encode(from_pixels(image)).latent * self.scale,)
-
-
-class Prepare(nn.Module):
-    """The photo's latents and standard normal noise to the first latents, by a row of ``start``."""
-
-    def forward(self, latents: Tensor, noise: Tensor, start: Tensor) -> tuple[Tensor]:
-        return (start[0] * latents + start[1] * noise,)
 
 
 class Step(nn.Module):
@@ -218,7 +212,7 @@ class SanaSprint:
                 "Fetch the checkpoint whole",
             ) from error
 
-    def schedule(self, sampler: str, max_steps: int) -> ScheduleTable:
+    def schedule(self, sampler: str | type, max_steps: int) -> ScheduleTable:
         scheduler = make_scheduler(sampler, self.scheduler[1])
         if type(scheduler).__name__ != "SCMScheduler":
             raise UnsupportedError(
@@ -261,7 +255,7 @@ class SanaSprint:
                 "image": ProvidedTensor("uint8", pixels, "image"),
                 "noise.initial": ProvidedTensor("float32", self._latents, "noise", draw="initial"),
                 "noise.step": ProvidedTensor("float32", self._latents, "noise", draw="step"),
-                "start": ProvidedTensor("float32", (2,), "schedule", column="start"),
+                "start": START,
                 "timestep": ProvidedTensor("float32", (), "schedule", column="timesteps"),
                 "coefficients": ProvidedTensor("float32", (coefficients,), "schedule", column="coefficients"),
                 "guidance.text": ProvidedTensor("float32", ("batch",), "guidance", guidance="text"),
@@ -393,18 +387,11 @@ class SanaSprint:
         return np.asarray(pictures[0])
 
 
-@contextmanager
-def same_draws(noise: Tensor) -> Iterator[None]:
-    """Within, the pipeline takes ``noise`` where it noises the photo's latents; its scheduler draws as usual.
-
-    It takes no such noise as an argument: ``latents`` are those with the noise in them.
-    """
-    from unittest.mock import patch
-
+def same_draws(noise: Tensor) -> AbstractContextManager[None]:
+    """Within, the pipeline takes ``noise`` where it noises the photo's latents."""
     from diffusers.pipelines.sana import pipeline_sana_sprint_img2img as home
 
-    with patch.object(home, "randn_tensor", lambda *_, **__: noise):
-        yield
+    return drawn(home, noise)
 
 
 def _least_latents(vae: AutoencoderDC) -> int:

@@ -26,6 +26,7 @@ from hywu_export.families.autoencoder import ImageDecoder, encode, pixels_per_la
 from hywu_export.families.base import LONG_TEXT, ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
 from hywu_export.families.clip import penultimate_and_pooled
 from hywu_export.families.components import Component, class_name, open_component, read_config
+from hywu_export.families.midway import START, Prepare, drawn
 from hywu_export.families.pixels import from_pixels
 from hywu_export.families.text import HiddenStates, make_t5
 from hywu_export.families.tiling import Tiles
@@ -93,13 +94,6 @@ class ImageEncoder(nn.Module):
         config: Any = self.vae.config
         latents = encode(self.vae, from_pixels(image), self.tiles)
         return ((latents - config.shift_factor) * config.scaling_factor,)
-
-
-class Prepare(nn.Module):
-    """The photo's latents and standard normal noise to the first latents, by a row of ``start``."""
-
-    def forward(self, latents: Tensor, noise: Tensor, start: Tensor) -> tuple[Tensor]:
-        return (start[0] * latents + start[1] * noise,)
 
 
 class Step(nn.Module):
@@ -249,7 +243,7 @@ class StableDiffusion3Img2Img:
             TensorSpec("image.latents", "float32", self._latents),
         )
 
-    def schedule(self, sampler: str, max_steps: int) -> ScheduleTable:
+    def schedule(self, sampler: str | type, max_steps: int) -> ScheduleTable:
         scheduler = make_scheduler(sampler, self.scheduler[1])
         kind = type(scheduler).__name__
         if not kind.startswith("FlowMatch") and not scheduler.config.get("use_flow_sigmas"):
@@ -303,7 +297,7 @@ class StableDiffusion3Img2Img:
                 "image": ProvidedTensor("uint8", pixels, "image"),
                 "noise.initial": ProvidedTensor("float32", self._latents, "noise", draw="initial"),
                 "noise.step": ProvidedTensor("float32", self._latents, "noise", draw="step"),
-                "start": ProvidedTensor("float32", (2,), "schedule", column="start"),
+                "start": START,
                 "timestep": ProvidedTensor("float32", (), "schedule", column="timesteps"),
                 "coefficients": ProvidedTensor("float32", (coefficients,), "schedule", column="coefficients"),
                 "guidance.text": ProvidedTensor("float32", ("batch",), "guidance", guidance="text"),
@@ -471,10 +465,8 @@ class StableDiffusion3Img2Img:
 
 @contextmanager
 def same_draws(noise: Tensor) -> Iterator[None]:
-    """Within, the pipeline takes the mode of a posterior, and ``noise`` where it noises the photo's latents.
-
-    It takes no such noise as an argument: ``latents`` are those with the noise in them.
-    """
+    """Within, the pipeline takes the mode of a posterior, and ``noise`` where it noises the photo's
+    latents."""
     from unittest.mock import patch
 
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -485,10 +477,7 @@ def same_draws(noise: Tensor) -> Iterator[None]:
         latents: Tensor = posterior.mode()
         return latents
 
-    with (
-        patch.object(DiagonalGaussianDistribution, "sample", mode),
-        patch.object(home, "randn_tensor", lambda *_, **__: noise),
-    ):
+    with patch.object(DiagonalGaussianDistribution, "sample", mode), drawn(home, noise):
         yield
 
 

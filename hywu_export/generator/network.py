@@ -80,8 +80,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, source: Tensor, rotary_q: Rotary, rotary_k: Rotary, allowed: Tensor | None = None
     ) -> Tensor:
-        """Queries from ``x`` ``[batch, n, dim]``, keys and values from ``source`` ``[batch, m, dim]``, of which
-        ``allowed`` (boolean ``[batch, 1, 1, m]``) says what may be seen."""
+        """Queries from ``x`` ``[batch, n, dim]``, keys and values from ``source`` ``[batch, m, dim]``, of
+        which ``allowed`` (boolean ``[batch, 1, 1, m]``) says what may be seen."""
         heads = (-1, self.head_dim)
         query = rotate(self.W_q(x).unflatten(-1, heads), rotary_q).transpose(1, 2)
         key = rotate(self.W_k(source).unflatten(-1, heads), rotary_k).transpose(1, 2)
@@ -219,8 +219,8 @@ class ParameterGenerator(nn.Module):
     def deltas(self, condition: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """As `forward`, but alpha / rank is already in B, by way of the Linear that makes B; no ``scale``.
 
-        ``mask``, boolean ``[B, L]``, is false for padding at the end of a condition: the deltas are those of the
-        condition without it.
+        ``mask``, boolean ``[B, L]``, is false for padding at the end of a condition: the deltas are those of
+        the condition without it.
         """
         project, scale = self.model.proj_out_B, self.config.scale
         return self._generate(condition, project.weight * scale, project.bias * scale, mask)

@@ -282,7 +282,9 @@ def _places(
             "Tensors between graphs are integers, float16 or float32, of sizes that follow from the axes",
             "Use fewer --stages, or write the module with such tensors between its layers",
         )
-    limit = math.inf if placed else SLACK * even
+    shared = sum(int(order.bytes[at]) for name, at in order.first.items() if name in placed)
+    # A graph that is mostly another's is cut where that one was, even or not.
+    limit = math.inf if shared > total[-1] / 2 else SLACK * even
     places = _best(sorted(costs), costs, total, _strayed(order, stages, placed), stages, limit)
     assert places is not None  # the even cut is one
     return places[1:-1]

@@ -250,8 +250,8 @@ class Parity:
         noise = None
         if section.samplers[request.sampler].stochastic:
             schedule = Schedule(editor.bundle.file(section.file), section)
-            strength = request.options.get("strength")
-            evaluations = len(schedule.rows(request.sampler, request.steps, strength))
+            part = request.options.get("strength")
+            evaluations = len(schedule.rows(request.sampler, request.steps, part))
             noise = draws(evaluations, self._noise_shape(request), request.noise_seed)
         made: list[Any] = editor.edit_batch(
             list(zip(request.photos, request.prompts)),

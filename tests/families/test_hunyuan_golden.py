@@ -168,9 +168,7 @@ def editor(golden_bundle: Path) -> Iterator[Editor]:
 @pytest.mark.slow
 @MODES
 @pytest.mark.parametrize("steps", [1, 3])
-def test_the_exported_program(
-    editor: Editor, given: Any, expected: Any, mode: str, steps: int
-) -> None:
+def test_the_exported_program(editor: Editor, given: Any, expected: Any, mode: str, steps: int) -> None:
     """The bundle's program through the runtime: vision, condition, generator, cache, guided steps."""
     manifest = editor.bundle.manifest
     length = next(v for v in manifest.graphs["sequence"].outputs if v.name == "sequence.ids").shape[1]

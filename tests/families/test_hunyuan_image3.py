@@ -252,5 +252,5 @@ def test_a_generator_of_another_width(checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "generator" / "config.json").read_text())
     config["pg_mapping"]["mlp.experts"]["num_experts"] = 2
     (tmp_path / "generator" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="hw_pos|experts"):
+    with pytest.raises(CheckpointError, match=r"hw_pos|experts"):
         export(tmp_path / "b", checkpoint, tmp_path / "generator")

@@ -134,6 +134,34 @@ def test_the_size_of_a_photo_is_the_pipelines(parity: Parity) -> None:
             assert got[::-1] == smart_resize(height, width, 28, step.min_area, most)
 
 
+def test_the_text_encoder_sees_the_pipelines_pixels(parity: Parity) -> None:
+    """Bit for bit: patches of the bundle's picture are those that the processor makes."""
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+    from PIL import Image
+
+    from hywu_export.families.qwen_image_edit import QwenImageEditPlus
+    from hywu_runtime.images import fit, resize, resized_sizes
+
+    process = parity.plain.processor.image_processor
+    photo = np.random.default_rng(0).integers(0, 256, (389, 517, 3), np.uint8)
+
+    def same(start: np.ndarray, steps: Any, expected: Any) -> None:
+        seen = resize(start, steps, resized_sizes(start.shape[1], start.shape[0], steps))
+        assert seen.shape != start.shape
+        ours, theirs = (
+            process([Image.fromarray(x) if isinstance(x, np.ndarray) else x]) for x in (seen, expected)
+        )
+        np.testing.assert_array_equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+        np.testing.assert_array_equal(ours["pixel_values"], theirs["pixel_values"])
+
+    working = fit(photo, parity.manifest.image, (256, 192))
+    same(working, parity.manifest.tensors["seen"].resize, working)
+    width, height = calculate_dimensions(384 * 384, 517 / 389)
+    small = VaeImageProcessor().resize(Image.fromarray(photo), height, width)
+    same(photo, QwenImageEditPlus(parity.base)._seen_sizes(), small)
+
+
 def test_a_long_prompt_is_refused(parity: Parity) -> None:
     request = parity.request(["a cat " * 60], size=(64, 64))
     with pytest.raises(InputError, match="64"):
@@ -164,7 +192,7 @@ def test_the_text_encoder_is_told_where_pictures_are(parity: Parity) -> None:
 
 def changed(base: Path, folder: Path, file: str, **settings: Any) -> Path:
     """A copy of a pipeline with other settings in one of its files."""
-    shutil.copytree(base, folder, copy_function=Path.hardlink_to and shutil.copy)
+    shutil.copytree(base, folder, copy_function=shutil.copy)
     config = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(config | settings))
     return folder

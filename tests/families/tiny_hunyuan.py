@@ -1,4 +1,5 @@
-"""A tiny random HunyuanImage-3.0-Instruct checkpoint and a generator for it, with published names throughout."""
+"""A tiny random HunyuanImage-3.0-Instruct checkpoint and a generator for it, with published names
+throughout."""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embeddings, layers, and the final norm, which edits do not use: they read the last layer's output."""
+    """Token embeddings, layers, and the final norm, which edits do not use: they read the last layer's
+    output."""
 
     def __init__(self, config: HunyuanConfig):
         super().__init__()

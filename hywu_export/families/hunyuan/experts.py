@@ -67,8 +67,8 @@ class Experts(nn.Module):
         """``[experts, 2 * width, hidden]`` and ``[experts, hidden, width]``."""
         experts = [cast(Expert, self.get_submodule(str(index))) for index in range(self.count)]
         return (
-            torch.stack([cast(Weight, e.gate_and_up_proj).weight for e in experts]),
-            torch.stack([cast(Weight, e.down_proj).weight for e in experts]),
+            torch.stack([e.gate_and_up_proj.weight for e in experts]),
+            torch.stack([e.down_proj.weight for e in experts]),
         )
 
     def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
@@ -86,7 +86,8 @@ class Experts(nn.Module):
         made = self.w2(up * F.silu(gate), down)  # [batch, experts, n, hidden]
         hit = chosen.unsqueeze(-1) == torch.arange(self.count)
         share = (hit * shares.unsqueeze(-1)).sum(2)  # [batch, n, experts]
-        return (made * share.transpose(1, 2).unsqueeze(-1).to(made.dtype)).sum(1)
+        weighted: Tensor = made * share.transpose(1, 2).unsqueeze(-1).to(made.dtype)
+        return weighted.sum(1)
 
 
 class Router(nn.Module):

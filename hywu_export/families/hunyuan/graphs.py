@@ -17,7 +17,6 @@ from hywu_export.families.hunyuan.vision import grid_cells
 from hywu_export.families.pixels import from_pixels, to_pixels
 from hywu_export.schedules import apply_row
 
-
 DECODING = ("model", "patch_embed", "final_layer", "timestep_emb", "time_embed", "time_embed_2")
 
 
@@ -98,7 +97,10 @@ class Prompt:
         length = suffixes[0].shape[1]
         rotary = self.transformer.rotary(self._positions(latents, grid, length))
         mask = self._mask(latents, vit.shape[1], length)
-        return self.transformer.model(self._embed(suffixes, latents, vit), rotary, mask)
+        made: tuple[Tensor, list[KeyValue]] = self.transformer.model(
+            self._embed(suffixes, latents, vit), rotary, mask
+        )
+        return made
 
     def _embed(self, suffixes: Sequence[Tensor], latents: Tensor, vit: Tensor) -> Tensor:
         tokens, wte = self.tokens, self.transformer.model.wte
@@ -131,8 +133,8 @@ class Prompt:
         start, bridge = self.before, self.before + area
         picture = torch.arange(area)
         row = divide(picture, width)
-        sides = [torch.arange(side)[-1:] + 1 for side in (height, width)]
-        photo = grid_positions(torch.tensor([start]), *sides, row, picture - row * width)
+        high, wide = (torch.arange(side)[-1:] + 1 for side in (height, width))
+        photo = grid_positions(torch.tensor([start]), high, wide, row, picture - row * width)
         vit = text_positions(torch.arange(count) + (bridge + 1))
         row, column, within = grid_cells(grid, count)
         first = torch.arange(bridge + 1)[-1:] + 1
@@ -162,10 +164,11 @@ class Prompt:
         return causal[None, None]
 
     def split(self, x: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[batch, …, n, d]`` to what is before the photo, the photo as ``[batch, …, h, w, d]``, the rest."""
+        """``[batch, …, n, d]`` to what is before the photo, the photo as ``[batch, …, h, w, d]``, the
+        rest."""
         height, width = latents.shape[2:]
         end = self.before + height * width
-        photo = x[..., self.before : end, :].unflatten(-2, (height, width))
+        photo = x[..., self.before : end, :].unflatten(-2, (height, width))  # type: ignore[no-untyped-call]
         return x[..., : self.before, :], photo, x[..., end:, :]
 
     def after(self, suffix: int) -> int:
@@ -201,8 +204,9 @@ class JoinCondition(nn.Module):
 class Prefill(nn.Module):
     """The prompt with deltas: keys and values of every layer, for all steps.
 
-    Inputs in the order of `HunyuanImage3Instruct.plan`, then the deltas of `cached_targets`. Outputs are, layer by
-    layer, keys of the text ``[rows, B, kv_heads, n, d]`` and of the photo ``[rows, B, kv_heads, h, w, d]``, and values alike.
+    Inputs in the order of `HunyuanImage3Instruct.plan`, then the deltas of `cached_targets`. Outputs are,
+    layer by layer, keys of the text ``[rows, B, kv_heads, n, d]`` and of the photo ``[rows, B, kv_heads, h,
+    w, d]``, and values alike.
     """
 
     def __init__(self, transformer: HunyuanImage3, tokens: Tokens, spec: DeltaSpec, guided: bool):
@@ -226,7 +230,8 @@ class Prefill(nn.Module):
         outputs: list[Tensor] = []
         for pair in made:
             for x in pair:
-                before, photo, after = self.prompt.split(x.unflatten(0, (self.rows, -1)), latents)
+                rows_apart = x.unflatten(0, (self.rows, -1))  # type: ignore[no-untyped-call]
+                before, photo, after = self.prompt.split(rows_apart, latents)
                 outputs += [torch.cat([before, after], dim=-2), photo]
         return tuple(outputs)
 
@@ -253,7 +258,8 @@ def _with_ratio(ids: Tensor, mask: Tensor, ratio: Tensor) -> Tensor:
 class Step(nn.Module):
     """The timestep's token and the picture's through the decoder, guidance, and the sampler's update.
 
-    Inputs in the order of `HunyuanImage3Instruct.plan`, then the cache as `Prefill` gives it, then the deltas.
+    Inputs in the order of `HunyuanImage3Instruct.plan`, then the cache as `Prefill` gives it, then the
+    deltas.
     """
 
     def __init__(self, transformer: HunyuanImage3, tokens: Tokens, spec: DeltaSpec, guided: bool):
@@ -276,7 +282,8 @@ class Step(nn.Module):
             velocity = self._predict(latents * coefficients[0], timestep.reshape(1), mask, cache)
         if self.guided:
             # Not chunk(2): it would freeze the batch.
-            conditional, unconditional = velocity.unflatten(0, (2, -1)).unbind(0)
+            rows = velocity.unflatten(0, (2, -1))  # type: ignore[no-untyped-call]
+            conditional, unconditional = rows.unbind(0)
             scale = guidance[0][:, None, None, None]
             velocity = unconditional + scale * (conditional - unconditional)
         return apply_row(coefficients, latents, velocity, noise, history)
@@ -308,10 +315,10 @@ class Step(nn.Module):
         count = mask.sum(1, keepdim=True) + 1
         index = torch.arange(height * width)
         row = divide(index, width)
-        sides = [torch.arange(side)[-1:] + 1 for side in (height, width)]
+        high, wide = (torch.arange(side)[-1:] + 1 for side in (height, width))
         # All sizes as values: the place of the timestep's token.
         place = count + torch.arange(photo + fixed)[-1:] + 1
-        picture = grid_positions(place + 1, *sides, row, index - row * width)
+        picture = grid_positions(place + 1, high, wide, row, index - row * width)
         positions = torch.cat([text_positions(place), picture], dim=1)
 
         valid = torch.arange(text) < count + fixed

@@ -79,7 +79,8 @@ class FinalLayer(nn.Module):
         self.model = nn.ModuleList([ResBlock(hidden, hidden, inner), out])
 
     def forward(self, tokens: Tensor, embedding: Tensor, height: int, width: int) -> Tensor:
-        x = tokens.transpose(1, 2).unflatten(2, (height, width))
+        batch, _, channels = tokens.shape
+        x = tokens.transpose(1, 2).reshape(batch, channels, height, width)
         out: Tensor = self.model[1](self.model[0](x, embedding))
         return out
 

@@ -54,7 +54,8 @@ class TokenSequence:
         self.embeddings.append(embeddings)
 
     def picture(self, embeddings: Tensor, height: int, width: int) -> tuple[int, int]:
-        """Append tokens ``[n, hidden]``, of which the first ``height * width`` are a grid; gives the slice."""
+        """Append tokens ``[n, hidden]``, of which the first ``height * width`` are a grid; gives the
+        slice."""
         start, area = self.length, height * width
         self.positions += [
             (start + (area - height) // 2 + row, start + (area - width) // 2 + column)
@@ -103,7 +104,7 @@ def nearest_ratio(tokens: Tokens, config: HunyuanConfig, height: int, width: int
 def hidden_states(network: HunyuanImage3, sequence: TokenSequence) -> Tensor:
     """The last layer's output ``[n, hidden]``."""
     rotary = network.rotary(torch.tensor(sequence.positions)[None])
-    output, _ = network.model(torch.cat(sequence.embeddings)[None], rotary, sequence.mask())
+    output: Tensor = network.model(torch.cat(sequence.embeddings)[None], rotary, sequence.mask())[0]
     return output[0]
 
 
@@ -154,17 +155,17 @@ def edit(family: HunyuanImage3Instruct, request: ReferenceEdit) -> npt.NDArray[n
     scheduler.set_timesteps(request.steps)
     generator = torch.Generator().manual_seed(request.seed)
     scale = request.guidance["text"]
-    with with_weights(_Component(network), {"transformer": family.components["transformer"].tensors}):
-        with torch.no_grad():
-            pixels = torch.from_numpy(request.photo)[None]
-            reader = Patches(network.config.vision, family.multiple, max(request.photo.shape[:2]))
-            patches, grid = reader(pixels)
-            photo = Photo(network.vae.encode(from_pixels(pixels)), patches, (int(grid[0]), int(grid[1])))
-            latents = torch.from_numpy(request.latents)
-            for time in scheduler.timesteps:
-                rows = [conditional, unconditional] if scale > 1 else [conditional]
-                made = [velocity(network, tokens, row, photo, latents, time[None]) for row in rows]
-                guided = made[0] if scale <= 1 else made[1] + scale * (made[0] - made[1])
-                latents = scheduler.step(guided, time, latents, generator=generator, return_dict=False)[0]
-            picture: npt.NDArray[np.uint8] = to_pixels(network.vae.decode(latents))[0].numpy()
+    weights = {"transformer": family.components["transformer"].tensors}
+    with with_weights(_Component(network), weights), torch.no_grad():
+        pixels = torch.from_numpy(request.photo)[None]
+        reader = Patches(network.config.vision, family.multiple, max(request.photo.shape[:2]))
+        patches, grid = reader(pixels)
+        photo = Photo(network.vae.encode(from_pixels(pixels)), patches, (int(grid[0]), int(grid[1])))
+        latents = torch.from_numpy(request.latents)
+        for time in scheduler.timesteps:
+            rows = [conditional, unconditional] if scale > 1 else [conditional]
+            made = [velocity(network, tokens, row, photo, latents, time[None]) for row in rows]
+            guided = made[0] if scale <= 1 else made[1] + scale * (made[0] - made[1])
+            latents = scheduler.step(guided, time, latents, generator=generator, return_dict=False)[0]
+        picture: npt.NDArray[np.uint8] = to_pixels(network.vae.decode(latents))[0].numpy()
     return picture

@@ -8,6 +8,7 @@ edits of one photo then read the same latents.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import cast
 
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ class ResnetBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         shortcut: Tensor = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return shortcut + h
+        out: Tensor = shortcut + h
+        return out
 
 
 class AttnBlock(nn.Module):
@@ -83,8 +85,14 @@ class Downsample(nn.Module):
         self.conv = nn.Conv3d(channels, out_channels // (4 * frames), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = _fold(x, self.frames).unflatten(1, (-1, self.group)).mean(2)
+        shortcut = _averaged(_fold(x, self.frames), self.group)
         return _fold(self.conv(x), self.frames) + shortcut
+
+
+def _averaged(x: Tensor, group: int) -> Tensor:
+    """The mean of every ``group`` channels that lie side by side."""
+    batch, channels, t, h, w = x.shape
+    return x.reshape(batch, channels // group, group, t, h, w).mean(2)
 
 
 class Upsample(nn.Module):
@@ -110,7 +118,7 @@ class Level(nn.Module):
     def __init__(self, channels: int, out_channels: int, blocks: int):
         super().__init__()
         sizes = [channels, *[out_channels] * blocks]
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -166,14 +174,14 @@ class Encoder(nn.Module):
         for level in self.down:
             h = level(h)
         h = self.mid(h)
-        shortcut = h.unflatten(1, (-1, self.group)).mean(2)
+        shortcut = _averaged(h, self.group)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h))) + shortcut
         return out
 
 
 class Decoder(nn.Module):
-    """Latents ``[B, C, 1, h, w]`` to frames ``[B, 3, frames, H, W]``; ``sizes`` of its levels are in the order
-    of computation, widest first."""
+    """Latents ``[B, C, 1, h, w]`` to frames ``[B, 3, frames, H, W]``; ``sizes`` of its levels are in the
+    order of computation, widest first."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()

@@ -34,7 +34,8 @@ def interpolation(position: Tensor, target: Tensor, length: int) -> Tensor:
 
 
 def grid_cells(grid: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and column of tokens ``0 … count`` of a row-major ``grid`` ``[2]`` (int64), and which are within."""
+    """Row and column of tokens ``0 … count`` of a row-major ``grid`` ``[2]`` (int64), and which are
+    within."""
     index = torch.arange(count)
     row = divide(index, grid[1])
     return row, index - row * grid[1], index < grid[0] * grid[1]
@@ -43,8 +44,8 @@ def grid_cells(grid: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 class Patches(nn.Module):
     """Pixels to patches: ``uint8 [B, H, W, 3]`` to ``float32 [B, max_num_patches, features]`` and their grid.
 
-    The grid is looked up by the picture's size in units of ``multiple`` pixels: the largest that the number of
-    patches allows. Patches beyond the grid are zeros.
+    The grid is looked up by the picture's size in units of ``multiple`` pixels: the largest that the number
+    of patches allows. Patches beyond the grid are zeros.
     """
 
     grids: Tensor
@@ -80,14 +81,18 @@ class Patches(nn.Module):
 @cache
 def patch_grid(height: int, width: int, patch: int, count: int) -> tuple[int, int]:
     """Rows and columns of the patches of a picture: the largest grid of at most ``count`` that the picture
-    fills when scaled, each side rounded up to whole patches. The search is that of SigLIP 2's processor, whose
-    steps decide in close cases."""
+    fills when scaled, each side rounded up to whole patches. The search is that of SigLIP 2's processor,
+    whose steps decide in close cases."""
     low, high = 1e-6, 100.0
     while high - low >= 1e-5:
         middle = (low + high) / 2
-        rows, columns = (max(1, math.ceil(side * middle / patch)) for side in (height, width))
+        rows, columns = _cells(height, middle, patch), _cells(width, middle, patch)
         low, high = (middle, high) if rows * columns <= count else (low, middle)
-    return tuple(max(1, math.ceil(side * low / patch)) for side in (height, width))  # type: ignore[return-value]
+    return _cells(height, low, patch), _cells(width, low, patch)
+
+
+def _cells(side: int, scale: float, patch: int) -> int:
+    return max(1, math.ceil(side * scale / patch))
 
 
 class Embeddings(nn.Module):

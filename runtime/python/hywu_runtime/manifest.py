@@ -133,7 +133,7 @@ class Axis:
     one_or: Name | None = None
     of: Name | None = None
     divide: Size | None = None
-    sum: Annotated[tuple[Term, ...], Rule("at most 16 terms", lambda s: len(s) <= 16)] = ()
+    sum: Annotated[tuple[Term, ...], Rule("1 to 16 terms", lambda s: 1 <= len(s) <= 16)] = ()
 
     @property
     def derived(self) -> bool:

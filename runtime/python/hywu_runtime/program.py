@@ -397,7 +397,8 @@ class Executor:
 
     def _load_graph(self, graph: str) -> Session:
         file = self.bundle.graph_file(graph, self.variant)
-        return self.backend.load(self.bundle.file(file), self.bundle.initializers(file))
+        stage = self._manifest.graphs[graph].stage
+        return self.backend.load(self.bundle.file(file), self.bundle.initializers(file), stage)
 
     def _load_plan(self, graph: str) -> Session:
         engine = self._manifest.engines[self._engine]

@@ -84,8 +84,8 @@ struct FactorsRule {
 };
 
 struct TermsRule {
-    static std::string what() { return "at most 16 terms"; }
-    static bool test(const std::vector<Term>& items) { return items.size() <= 16; }
+    static std::string what() { return "1 to 16 terms"; }
+    static bool test(const std::vector<Term>& items) { return !items.empty() && items.size() <= 16; }
 };
 
 struct TwoRule {
@@ -246,9 +246,8 @@ struct PhaseWords {
 };
 struct TargetWords {
     using type = TargetKind;
-    static constexpr std::array<WordPair<TargetKind>, 3> all = {{{"linear", TargetKind::linear},
-                                                                 {"conv", TargetKind::conv},
-                                                                 {"experts", TargetKind::experts}}};
+    static constexpr std::array<WordPair<TargetKind>, 3> all = {
+        {{"linear", TargetKind::linear}, {"conv", TargetKind::conv}, {"experts", TargetKind::experts}}};
 };
 struct PrecisionWords {
     using type = Precision;

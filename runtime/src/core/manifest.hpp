@@ -238,8 +238,8 @@ struct ImagePolicy {
     bool enlarge = false;
 };
 
-// A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width, `experts` (experts
-// alone) their number.
+// A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width, `experts`
+// (experts alone) their number.
 struct DeltaTarget {
     std::string module;
     TargetKind kind = TargetKind::linear;

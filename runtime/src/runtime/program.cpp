@@ -409,8 +409,9 @@ backends::Session& Executor::session(const std::string& graph) {
     } else {
         const std::string path = bundle_->graph_file(graph, options_.variant);
         const std::filesystem::path file = bundle_->file(path);
-        loaded = pool_->get({options_.sharing, file},
-                            [&] { return backend_->load(file, bundle_->initializers(path)); });
+        loaded = pool_->get({options_.sharing, file}, [&] {
+            return backend_->load_stage(file, bundle_->initializers(path), manifest_.graphs.at(graph).stage);
+        });
     }
     backends::Session& held = *sessions_.emplace(graph, std::move(loaded)).first->second;
     timings_.load += seconds_since(start);
