@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hywu_export.families.base import Family, Limits, Plan, TextEncoding
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
+    from hywu_export.tracing import GraphSpec, TracedGraph
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class ExportOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
+        positive = (
             "max_rank",
             "max_steps",
             "steps",
@@ -92,7 +93,8 @@ class ExportOptions:
             "vae_tile",
             "stages",
             "images",
-        ):
+        )
+        for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}", "Expected 1 or more", "Choose another value")
@@ -142,7 +144,8 @@ def export(
     with BundleWriter(out, overwrite=options.overwrite, validate=Manifest.from_dict) as writer:
         for done, graph in enumerate(job.plan.graphs):
             tell(f"tracing {graph.name}", done, total)
-            job.add_graph(writer, graph)
+            job.trace(graph)
+        job.add_graphs(writer)
         tell("schedules and tokenizer", total - 2, total)
         sections = job.sections(writer)
         tell("weights", total - 1, total)
@@ -158,7 +161,7 @@ class _Job:
         from hywu_export.families import open_base
         from hywu_export.families.base import Limits
         from hywu_export.families.generator import GeneratorPart
-        from hywu_export.stages import Cutter, graphs_to_cut
+        from hywu_export.stages import Cutter
 
         self.options = options
         self.folders = {"base": base, "generator": generator}
@@ -182,7 +185,7 @@ class _Job:
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
         _check_tiles(self.plan, options.vae_tile)
         self.cutter = Cutter(options.stages, self.plan.axes)
-        self.to_cut = graphs_to_cut(self.plan.graphs, options.stages) if options.stages > 1 else set()
+        self.traced: list[TracedGraph] = []
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
         self._check_start()
@@ -204,17 +207,29 @@ class _Job:
         patterns = options.targets or (() if options.loras else family.default_targets)
         return spec.union(_matching(family, patterns, rank or DEFAULT_RANK))
 
-    def add_graph(self, writer: BundleWriter, graph: Any) -> None:
+    def trace(self, graph: GraphSpec) -> None:
+        """Traces a graph, and checks it."""
         from hywu_export.passes import check
         from hywu_export.tracing import trace
 
         traced = trace(graph, self.plan.axes)
         check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
-        for part in self.cutter.cut(traced) if graph.name in self.to_cut else [traced]:
-            if part is not traced:
+        self.traced.append(traced)
+
+    def add_graphs(self, writer: BundleWriter) -> None:
+        """Gives the writer the traced graphs, or the stages of what is large."""
+        from hywu_export.passes import check
+        from hywu_export.stages import graphs_to_cut
+
+        large = graphs_to_cut(self.traced, self.options.stages)
+        for traced in self.traced:
+            if traced.name not in large:
+                writer.add_graph(traced)
+                continue
+            for stage in self.cutter.cut(traced):
                 axes = {**self.plan.axes, **self.cutter.axes}
-                check(part.model, axes, part.inputs, part.outputs, part.name)
-            writer.add_graph(part)
+                check(stage.model, axes, stage.inputs, stage.outputs, stage.name)
+                writer.add_graph(stage)
 
     def sections(self, writer: BundleWriter) -> dict[str, object]:
         """Add weights and files to the writer; return the sections of the manifest that it cannot know."""
@@ -222,7 +237,7 @@ class _Job:
 
         plan, options = self.plan, self.options
         licences = [
-            _add_source(writer, source, folder)
+            add_source(writer, source, folder)
             for source, folder in self.folders.items()
             if folder is not None
         ]
@@ -463,7 +478,7 @@ def _open_tokenizer(encoding: TextEncoding) -> tuple[bytes, int]:
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "license.txt", "NOTICE")
 
 
-def _add_source(writer: BundleWriter, source: str, folder: Path) -> Licence:
+def add_source(writer: BundleWriter, source: str, folder: Path) -> Licence:
     """Declare a source and carry its licence: the name from the model card, the text from its file."""
     licence = None
     card = folder / "README.md"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec
+from hywu_export.tracing.spec import Axis, TensorSpec
 from hywu_runtime.manifest import Call
 
 if TYPE_CHECKING:
@@ -17,17 +18,23 @@ USUAL_SIZE = 1024
 """Of an axis, where what crosses one cut is compared with what crosses another: pixels, tokens."""
 
 
-def graphs_to_cut(graphs: Sequence[GraphSpec], stages: int) -> set[str]:
+def graphs_to_cut(graphs: Sequence[TracedGraph], stages: int) -> set[str]:
     """Those with more than a quarter of what a stage has of the bundle's weights.
 
     What is smaller spoils no balance, and stays whole in stage 0.
     """
-    weights = {
-        graph.name: {id(p): p.numel() * p.element_size() for p in graph.module.parameters()}
-        for graph in graphs
-    }
-    total = sum({key: size for sizes in weights.values() for key, size in sizes.items()}.values())
+    if stages == 1:
+        return set()
+    weights = {graph.name: {p: _bytes(graph, i) for i, p in graph.initializers.items()} for graph in graphs}
+    total = sum({name: size for sizes in weights.values() for name, size in sizes.items()}.values())
     return {name for name, sizes in weights.items() if sum(sizes.values()) > total / (4 * stages)}
+
+
+def _bytes(graph: TracedGraph, initializer: str) -> int:
+    value = graph.model.graph.initializers[initializer]
+    assert value.shape is not None
+    assert value.dtype is not None
+    return math.ceil(math.prod(value.shape.numpy()) * value.dtype.itemsize)
 
 
 class Cutter:

@@ -61,6 +61,26 @@ COMMON: tuple[click.Parameter, ...] = (
 """Options of ``hywu`` and of every command."""
 
 
+class _Scale(click.ParamType):  # type: ignore[type-arg]  # not generic in every click
+    """``X``, the guidance scale called ``text``, or ``NAME=X``."""
+
+    name = "[NAME=]X"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, number = str(value).rpartition("=")
+        try:
+            return (name if equals else "text"), float(number)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor NAME=NUMBER", param, ctx)
+
+
+SCALE = _Scale()
+
+
 class Command(click.Command):
     """A command that also has the common options."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hywu_export.cli.common import (
+    SCALE,
     Command,
     check_output,
     json_option,
@@ -58,7 +59,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Strength of the deltas; 0 is the base model.",
 )
-@click.option("--guidance", type=float, metavar="X", help="Guidance by the prompt.  [default: the bundle's]")
+@click.option(
+    "--guidance",
+    type=SCALE,
+    multiple=True,
+    help="Guidance by the prompt, or the scale of that name; repeat for more.  [default: the bundle's]",
+)
 @click.option(
     "--image-guidance", type=float, metavar="X", help="Guidance by the photo.  [default: the bundle's]"
 )
@@ -83,7 +89,7 @@ if TYPE_CHECKING:
 @json_option
 def edit(
     bundle: str, photo: str, prompt: str, more: tuple[str, ...], out: str | None, steps: int | None,
-    strength: float | None, seed: int, delta_strength: float, guidance: float | None,
+    strength: float | None, seed: int, delta_strength: float, guidance: tuple[tuple[str, float], ...],
     image_guidance: float | None, negative_prompt: str, size: str | None, scheduler: str | None,
     deltas_file: str | None, loras: tuple[str, ...], save_deltas: str | None, backend: str,
     variant: str | None, engine: str | None, threads: int | None, low_memory: bool,
@@ -144,8 +150,8 @@ def edit(
             deltas = editor.generate(photos, prompt, size=size)
         picture = editor.edit(
             photos, prompt, negative_prompt=negative_prompt, steps=steps, strength=strength, seed=seed,
-            guidance=guidance, image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas,
-            sampler=scheduler, size=size, output="array",
+            guidance=dict(guidance), image_guidance=image_guidance, delta_strength=delta_strength,
+            deltas=deltas, sampler=scheduler, size=size, output="array",
             progress=lambda done, total: show(f"step {done} of {total}", done, total),
         )  # fmt: skip
         assert isinstance(picture, np.ndarray)  # as `output` asks

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hywu_export.cli.common import (
+    SCALE,
     Command,
     json_option,
     lora_line,
@@ -65,13 +66,25 @@ _PIXELS = click.IntRange(1, 65536)
     "--max-steps", type=_STEPS, metavar="N", default=100, show_default=True, help="Most steps of an edit."
 )
 @click.option("--steps", type=_STEPS, metavar="N", help="Default steps of an edit.")
-@click.option("--guidance", type=float, metavar="X", help="Default guidance by the prompt.")
+@click.option(
+    "--guidance",
+    type=SCALE,
+    multiple=True,
+    help="Default guidance by the prompt, or of the scale of that name; repeat for more.",
+)
 @click.option("--image-guidance", type=float, metavar="X", help="Default guidance by the photo.")
 @click.option(
     "--batch", type=_COUNT, metavar="MAX", default=8, show_default=True, help="Most photos in a batch."
 )
 @click.option("--max-size", type=_PIXELS, metavar="PIXELS", help="Longest side of a picture.")
 @click.option("--size", type=_PIXELS, metavar="PIXELS", help="Side of the default working area.")
+@click.option(
+    "--max-sequence-length",
+    "text_length",
+    type=_COUNT,
+    metavar="N",
+    help="Tokens of a prompt, where the pipeline leaves them open.",
+)
 @click.option(
     "--vae-tile",
     type=_PIXELS,
@@ -100,8 +113,9 @@ _PIXELS = click.IntRange(1, 65536)
 def export(
     base: str | None, generator: str | None, out: str, targets: tuple[str, ...], loras: tuple[str, ...],
     max_rank: int | None, schedulers: tuple[str, ...], max_steps: int, steps: int | None,
-    guidance: float | None, image_guidance: float | None, batch: int, max_size: int | None, size: int | None,
-    vae_tile: int | None, images: int, link_weights: bool, stages: int, overwrite: bool, as_json: bool,
+    guidance: tuple[tuple[str, float], ...], image_guidance: float | None, batch: int, max_size: int | None,
+    size: int | None, text_length: int | None, vae_tile: int | None, images: int, link_weights: bool,
+    stages: int, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a bundle from a base pipeline, a generator, or both.
 
@@ -122,13 +136,11 @@ def export(
     from hywu_export.exporter import ExportOptions
     from hywu_export.exporter import export as export_bundle
 
-    scales = {"text": guidance, "image": image_guidance}
+    scales = dict(guidance) | ({} if image_guidance is None else {"image": image_guidance})
     options = ExportOptions(
         targets=targets, loras=tuple(map(Path, loras)), max_rank=max_rank, samplers=schedulers,
-        max_steps=max_steps, steps=steps,
-        guidance={name: scale for name, scale in scales.items() if scale is not None},
-        max_batch=batch, max_size=max_size, size=size, vae_tile=vae_tile, images=images,
-        link_weights=link_weights, stages=stages,
+        max_steps=max_steps, steps=steps, guidance=scales, max_batch=batch, max_size=max_size, size=size,
+        text_length=text_length, vae_tile=vae_tile, images=images, link_weights=link_weights, stages=stages,
         overwrite=overwrite,
     )  # fmt: skip
     found: list[dict[str, Any]] = []

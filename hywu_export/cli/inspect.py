@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -72,7 +73,16 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             for name, graph in manifest.graphs.items()
         },
         "axes": {name: _axis(axis) for name, axis in manifest.axes.items()},
-        "results": {"image": manifest.results.image, "deltas": len(manifest.results.deltas)},
+        "results": {
+            "image": manifest.results.image,
+            "deltas": len(manifest.results.deltas),
+            "outputs": list(manifest.results.outputs),
+        },
+        "inputs": {
+            name: {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+            for name, tensor in manifest.tensors.items()
+            if tensor.source == "input"
+        },
         "image": None
         if manifest.image is None
         else {
@@ -149,7 +159,7 @@ def _axis(axis: Axis) -> dict[str, Any]:
 def _text(summary: dict[str, Any], manifest: Manifest) -> str:
     size, files = size_text(summary["bytes"]), plural(len(manifest.files), "file")
     lines = [
-        printable(f"{summary['name']}: {summary['family'] or 'a generator alone'}"),
+        printable(f"{summary['name']}: {summary['family'] or _kind(summary)}"),
         printable(f"format {summary['format']}, {summary['producer']}, {files}, {size}"),
     ]
     if "verified_files" in summary:
@@ -169,6 +179,11 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
     )
     others = {name: size for name, size in summary["files"].items() if not name.endswith(".onnx")}
     section("other files", [(name, size_text(size)) for name, size in others.items()])
+    tensors: list[tuple[object, ...]]
+    tensors = [("input", name, t["dtype"], _shape_text(t["shape"])) for name, t in summary["inputs"].items()]
+    made = [manifest.signatures[name] for name in manifest.results.outputs]
+    tensors += [("output", value.name, value.dtype, _shape_text(value.shape)) for value in made]
+    section("tensors", tensors)
     section("axes", [(name, _axis_text(axis)) for name, axis in manifest.axes.items()])
     section(
         "schedulers",
@@ -234,6 +249,14 @@ def _condition(scale: Guidance) -> str:
     if scale.above is not None:
         return f"on above {scale.above:g}"
     return f"on from {scale.at_least:g}" if scale.at_least is not None else "an input of the model"
+
+
+def _kind(summary: dict[str, Any]) -> str:
+    return "a traced module" if summary["results"]["outputs"] else "a generator alone"
+
+
+def _shape_text(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def _delta_rows(summary: dict[str, Any]) -> list[tuple[object, ...]]:

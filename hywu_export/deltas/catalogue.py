@@ -83,11 +83,12 @@ class Catalogue:
                 layer = _layer(path, shape)
                 components.setdefault(component, {})[path] = layer
         targets = manifest.deltas.targets if manifest.deltas is not None else ()
-        bare = [t.module for t in targets if t.module.partition(".")[0] not in components]
-        denoiser = next(
-            (name for name, layers in components.items() if bare and bare[0] in layers),
-            "transformer" if "transformer" in components else "unet",
+        bare = {t.module for t in targets if t.module.partition(".")[0] not in components}
+        denoiser = max(
+            components, key=lambda name: len(bare & components[name].keys()), default="transformer"
         )
+        if not bare:  # the deltas are all those of other components
+            denoiser = "transformer" if "transformer" in components else "unet"
         for target in targets:  # under the names that deltas have, whatever the weights are called
             prefix, _, rest = target.module.partition(".")
             component, path = (prefix, rest) if prefix in components else (denoiser, target.module)

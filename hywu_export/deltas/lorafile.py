@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def read_lora(path: str | Path) -> LoraFile:
     path = Path(path)
     parts = [part for part in _parts(path) if (part[1] / _PEFT_CONFIG).is_file()]
     if not parts:
-        return _read_file(*_locate(path))
+        return replace(_read_file(*_locate(path)), path=path)
     entries: list[Entry] = []
     for component, folder in parts:
         read = _read_file(*_locate(folder)).entries

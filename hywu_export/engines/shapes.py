@@ -135,10 +135,17 @@ def _default(manifest: Manifest, name: str, shapes: Mapping[str, Range]) -> Rang
     if axis.one_or is not None:  # as many as samples, or one for all
         best, most = shapes[axis.one_or][1:] if axis.one_or in shapes else (low, high)
         return low, min(best, high), min(most, high)
-    if image is not None and name in manifest.tensors[image.tensor].shape[1:3]:
-        step = math.lcm(axis.multiple, image.multiple)
+    pictures = [t for t in manifest.tensors.values() if t.source == "image" and name in t.shape[1:3]]
+    if image is not None and pictures:
+        area, step = image.default_area, math.lcm(axis.multiple, image.multiple)
         smallest, largest = max(low, image.min), min(high, image.max)
-        best = _to_step(math.sqrt(image.default_area), step, smallest, largest)
+        for resize in pictures[0].resize:
+            area = min(max(resize.area or area, resize.min_area or 1), resize.max_area or area)
+            step, smallest, largest = axis.multiple, low, high
+        best = _to_step(math.sqrt(area), step, smallest, largest)
+        if image.sizes and not pictures[0].resize:  # photos come to one of these
+            sides = [side for size in image.sizes for side in size]
+            return min(sides), best, max(sides)
         return (
             _to_step(best / 2, step, smallest, largest),
             best,

@@ -29,8 +29,8 @@ class Limits:
     """Limits of the axes: ``max_size`` is the longest side, ``area`` the default working size, in pixels.
 
     ``text_length`` are the tokens of a prompt, where the pipeline leaves them open (`LONG_TEXT`). VAEs work
-    in tiles of at most ``tile`` pixels a side if a picture may be larger. ``images`` is the number of pictures that
-    each request has.
+    in tiles of at most ``tile`` pixels a side if a picture may be larger. ``images`` is the number of
+    pictures that each request has.
     """
 
     max_batch: int = 8

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, T5Config
 
 from hywu_export.deltas import DeltaSpec, inject
+from hywu_export.families.autoencoder import ImageDecoder, encode, pixels_per_latent
 from hywu_export.families.base import LONG_TEXT, ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
 from hywu_export.families.components import Component, class_name, open_component, read_config
-from hywu_export.families.pixels import from_pixels, to_pixels
+from hywu_export.families.pixels import from_pixels
 from hywu_export.families.text import HiddenStates, PooledText, make_clip, make_t5
+from hywu_export.families.tiling import Tiles
 from hywu_export.schedules import ScheduleTable, Shift, euler, make_scheduler, shift_table
 from hywu_export.schedules.shift import check_shiftable
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
@@ -57,7 +59,7 @@ class Rotary(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = (
-            [self.get_buffer(f"{name}_{axis}")[ids[:, axis]] for axis in range(ids.shape[1])]
+            [self.get_buffer(f"{name}_{axis}").index_select(0, ids[:, axis]) for axis in range(ids.shape[1])]
             for name in ("cos", "sin")
         )
         return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
@@ -67,26 +69,15 @@ class ImageEncoder(nn.Module):
     """Pixels ``uint8 [B, H, W, 3]`` to the mode of the VAE's posterior, as the transformer reads it:
     ``[B, C, h, w]``."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL, tiles: Tiles | None):
         super().__init__()
         self.vae = vae
+        self.tiles = tiles
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
         config = self.vae.config
-        latents = self.vae.encode(from_pixels(image)).latent_dist.mode()
+        latents = encode(self.vae, from_pixels(image), self.tiles)
         return ((latents - config.shift_factor) * config.scaling_factor,)
-
-
-class ImageDecoder(nn.Module):
-    """Latents ``[B, C, h, w]`` to pixels ``uint8 [B, H, W, 3]``."""
-
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> tuple[Tensor]:
-        config = self.vae.config
-        return (to_pixels(self.vae.decode(latents / config.scaling_factor + config.shift_factor).sample),)
 
 
 class Step(nn.Module):
@@ -260,7 +251,7 @@ class FluxKontext:
     @property
     def _factor(self) -> int:
         """Pixels per latent."""
-        return int(2 ** (len(self._vae.config.block_out_channels) - 1))
+        return pixels_per_latent(self._vae)
 
     @property
     def _latents(self) -> tuple[int | str, ...]:
@@ -334,7 +325,7 @@ class FluxKontext:
         scales.append(Guidance("true_cfg", 1.0, above=1.0))
         pixels = ("batch", "height", "width", 3)
         plan = Plan(
-            graphs=self._graphs(spec, pixels, base_prompt is not None, coefficients),
+            graphs=self._graphs(spec, axes["height"].max, limits.tile, base_prompt is not None, coefficients),
             axes=axes,
             tensors={
                 "image": ProvidedTensor("uint8", pixels, "image"),
@@ -369,8 +360,11 @@ class FluxKontext:
         return plan
 
     def _graphs(
-        self, spec: DeltaSpec, pixels: tuple[int | str, ...], based: bool, coefficients: int
+        self, spec: DeltaSpec, longest: int, tile: int | None, based: bool, coefficients: int
     ) -> list[GraphSpec]:
+        pixels = ("batch", "height", "width", 3)
+        tiles = Tiles.covering(longest, tile, self._factor)
+        tile = None if tiles is None else tile
         pooled = ("batch", int(self._clip.hidden_size))
 
         def tensor(name: str, shape: tuple[int | str, ...], dtype: str = "float32") -> TensorSpec:
@@ -408,9 +402,10 @@ class FluxKontext:
             ),
             GraphSpec(
                 "image_encoder",
-                ImageEncoder(self._vae),
+                ImageEncoder(self._vae, tiles),
                 [tensor("image", pixels, "uint8")],
                 [tensor("image.latents", self._latents)],
+                tile=tile,
             ),
             GraphSpec("step", Step(self._transformer, shift, spec, True), [*common, *guided, *deltas], after),
             GraphSpec(
@@ -418,11 +413,18 @@ class FluxKontext:
             ),
             GraphSpec(
                 "image_decoder",
-                ImageDecoder(self._vae),
+                ImageDecoder(self._vae, self._unscale, tiles),
                 [tensor("latents", self._latents)],
                 [tensor("edited", pixels, "uint8")],
+                tile=tile,
             ),
         ]
+
+    def _unscale(self, latents: Tensor) -> Tensor:
+        """What the VAE decodes, from what the sampler has."""
+        config = self._vae.config
+        scaled: Tensor = latents / config.scaling_factor + config.shift_factor
+        return scaled
 
     def _encode(
         self,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hywu_export.deltas import DeltaSpec, inject
 from hywu_export.families.pixels import from_pixels, to_pixels
 from hywu_export.families.qwen_vl import assemble
+from hywu_export.families.tiling import Tiles, in_tiles
 from hywu_export.schedules import Shift, euler
 from hywu_export.tracing import fake_module
 from hywu_runtime.errors import UnsupportedError
@@ -36,32 +37,50 @@ Rotary = tuple[Tensor, Tensor]
 class ImageEncoder(nn.Module):
     """Pictures ``uint8 [B, H, W, 3]`` to normalized latents ``[B, C, h, w]``, the mode of the posterior."""
 
-    def __init__(self, vae: AutoencoderKLQwenImage):
+    def __init__(self, vae: AutoencoderKLQwenImage, tiles: Tiles | None = None):
         super().__init__()
         self.vae = vae
+        self.tiles = tiles
 
     def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(self._latents, images))
 
     def _latents(self, image: Tensor) -> Tensor:
-        frame = from_pixels(image).unsqueeze(2)
-        moments = self.vae.quant_conv(self.vae.encoder(frame)).squeeze(2)
-        mean: Tensor = moments.chunk(2, 1)[0]
+        def mode(part: Tensor) -> Tensor:
+            moments = self.vae.quant_conv(self.vae.encoder(part.unsqueeze(2))).squeeze(2)
+            latents: Tensor = moments.chunk(2, 1)[0]
+            return latents
+
+        pixels = from_pixels(image)
+        factor = pixels_per_latent(self.vae)
+        mean = mode(pixels) if self.tiles is None else in_tiles(mode, pixels, self.tiles, factor, 1)
         return (mean - _channels(self.vae.config.latents_mean)) / _channels(self.vae.config.latents_std)
 
 
 class ImageDecoder(nn.Module):
     """Latents ``[B, C, h, w]`` to pixels ``uint8 [B, H, W, 3]``."""
 
-    def __init__(self, vae: AutoencoderKLQwenImage):
+    def __init__(self, vae: AutoencoderKLQwenImage, tiles: Tiles | None = None):
         super().__init__()
         self.vae = vae
+        self.tiles = tiles
 
     def forward(self, latents: Tensor) -> tuple[Tensor]:
         config = self.vae.config
         # As the pipeline computes it: divided by the reciprocal.
         z = latents / (1.0 / _channels(config.latents_std)) + _channels(config.latents_mean)
-        return (to_pixels(self.vae.decoder(self.vae.post_quant_conv(z.unsqueeze(2))).squeeze(2)),)
+
+        def picture(part: Tensor) -> Tensor:
+            image: Tensor = self.vae.decoder(self.vae.post_quant_conv(part.unsqueeze(2))).squeeze(2)
+            return image
+
+        factor = pixels_per_latent(self.vae)
+        return (to_pixels(picture(z) if self.tiles is None else in_tiles(picture, z, self.tiles, 1, factor)),)
+
+
+def pixels_per_latent(vae: AutoencoderKLQwenImage) -> int:
+    """Of one side."""
+    return int(2 ** len(vae.temperal_downsample))
 
 
 def _channels(values: Sequence[float]) -> Tensor:

@@ -19,8 +19,16 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from hywu_export.deltas import DeltaSpec
 from hywu_export.families.base import LONG_TEXT, ConditionSource, Limits, Plan, ReferenceEdit, TextEncoding
 from hywu_export.families.components import Component, class_name, open_component, read_config
-from hywu_export.families.qwen_image import ImageDecoder, ImageEncoder, Step, make_transformer, make_vae
+from hywu_export.families.qwen_image import (
+    ImageDecoder,
+    ImageEncoder,
+    Step,
+    make_transformer,
+    make_vae,
+    pixels_per_latent,
+)
 from hywu_export.families.qwen_vl import PictureSettings, PromptEncoder, VisionEncoder, make_text_encoder
+from hywu_export.families.tiling import Tiles
 from hywu_export.schedules import ScheduleTable, Shift, make_scheduler, shift_table
 from hywu_export.schedules.shift import COLUMNS, check_shiftable
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec
@@ -68,7 +76,7 @@ class QwenImageEdit:
         settings = folder / "scheduler" / "scheduler_config.json"
         self.scheduler = class_name(settings), read_config(settings)
         self._seen = PictureSettings.read(folder / "processor")
-        self._prompt_tokens = PROMPT_TOKENS
+        self._prompt_tokens, self._pictures = PROMPT_TOKENS, 1  # until a plan says otherwise
         self._check_fit()
 
     def _check_fit(self) -> None:
@@ -117,7 +125,7 @@ class QwenImageEdit:
 
     @property
     def condition_source(self) -> ConditionSource:
-        texts = self._texts(1)
+        texts = self._texts(self._pictures)
         length = sum(map(len, texts)) - DROPPED + self._prompt_tokens
         return ConditionSource(
             TensorSpec("prompt.text", "float32", ("batch", length, self._width)),
@@ -135,7 +143,7 @@ class QwenImageEdit:
                 f"The {self.pipeline_class} takes {_range(self.max_pictures)}",
                 "Correct --images",
             )
-        self._prompt_tokens = limits.text_length or PROMPT_TOKENS
+        self._prompt_tokens, self._pictures = limits.text_length or PROMPT_TOKENS, count
         return _Planner(self, spec, limits, base_prompt).plan()
 
     # What the pipelines differ in.
@@ -149,6 +157,10 @@ class QwenImageEdit:
         at which the text encoder sees it."""
         s = self._seen
         return (Resize("bicubic", s.side, min_area=s.min_area, max_area=s.max_area),)
+
+    def _longest_seen(self, longest: int) -> int:
+        """The longest side of a picture as the text encoder sees it, where a side may be ``longest``."""
+        return longest
 
     def _texts(self, count: int) -> list[list[int]]:
         """Token ids before each of ``count`` pictures, and after the last."""
@@ -199,6 +211,9 @@ class QwenImageEditPlus(QwenImageEdit):
     def _seen_sizes(self) -> tuple[Resize, ...]:
         return (Resize("lanczos", SIZE_STEP, area=SEEN_AREA), *super()._seen_sizes())
 
+    def _longest_seen(self, longest: int) -> int:
+        return 4 * math.isqrt(SEEN_AREA)  # of a picture of 16:1
+
 
 class _Planner:
     """Graphs and program of one bundle."""
@@ -207,7 +222,7 @@ class _Planner:
         self.family, self.spec, self.limits, self.base_prompt = family, spec, limits, base_prompt
         self.count = limits.images
         self.texts = family._texts(self.count)
-        self.factor = int(2 ** len(family._vae.temperal_downsample))
+        self.factor = pixels_per_latent(family._vae)
         # The last picture has plain names: its size is that of the result.
         self.suffixes = [f"_{number}" for number in range(1, self.count)] + [""]
 
@@ -227,8 +242,9 @@ class _Planner:
             )
         side = Axis(min=multiple, max=longest // multiple * multiple, multiple=multiple)
         step = self.family._seen.side
-        # A side of the smallest area, or of the longest picture, and one step for rounding.
-        most = max(side.max, math.isqrt(self.family._seen.min_area)) // step * step + step
+        # A side of the smallest area, or the longest, and one step for rounding.
+        longest = max(self.family._longest_seen(side.max), math.isqrt(self.family._seen.min_area))
+        most = longest // step * step + step
         seen = Axis(min=step, max=most, multiple=step)
         axes = {
             "batch": Axis(1, self.limits.max_batch),
@@ -248,7 +264,7 @@ class _Planner:
         side = axes["height"]
         area = self.limits.area or min(side.max**2, AREA)
         return Plan(
-            graphs=self._graphs(),
+            graphs=self._graphs(axes),
             axes=axes,
             tensors=self._tensors(),
             program=self._program(),
@@ -290,7 +306,16 @@ class _Planner:
         length = sum(self._lengths) + len(self.texts[-1]) + self.family._prompt_tokens
         return TensorSpec(name, "float32", ("batch", length, self.family._width))
 
-    def _graphs(self) -> list[GraphSpec]:
+    def _several_windows(self, axes: Mapping[str, Axis]) -> dict[str, int]:
+        """Sizes for tracing the vision tower: torch takes the number of windows for a constant if it is 1."""
+        sizes = {}
+        for number, suffix in enumerate(self.suffixes):
+            for name, tokens in (("seen_height", 9 + 2 * number), ("seen_width", 6 + 2 * number)):
+                axis = axes[name + suffix]
+                sizes[name + suffix] = min(tokens * axis.multiple, axis.max)
+        return sizes
+
+    def _graphs(self, axes: Mapping[str, Axis]) -> list[GraphSpec]:
         family = self.family
         latents = TensorSpec("latents", "float32", family._latents(""))
         text_encoder = family._text_encoder
@@ -314,6 +339,8 @@ class _Planner:
             for name, shape in self.spec.tensors().items()
         ]
         after = [TensorSpec("latents.next", "float32", latents.shape)]
+        tiles = Tiles.covering(axes["height"].max, self.limits.tile, self.factor)
+        tile = None if tiles is None else self.limits.tile
         shift = Shift.from_config(family.scheduler[1])
 
         def step(guided: bool) -> Step:
@@ -325,6 +352,7 @@ class _Planner:
                 VisionEncoder(text_encoder, family._seen),
                 self._pixels("seen_", "seen{}"),
                 self._states("seen{}.tokens"),
+                example_sizes=self._several_windows(axes),
             ),
             GraphSpec(
                 "text_encoder",
@@ -334,17 +362,19 @@ class _Planner:
             ),
             GraphSpec(
                 "image_encoder",
-                ImageEncoder(family._vae),
+                ImageEncoder(family._vae, tiles),
                 self._pixels("", "image{}"),
                 self._latents("image{}.latents"),
+                tile=tile,
             ),
             GraphSpec("step", step(True), [*common, *guided, *deltas], after),
             GraphSpec("step_unguided", step(False), [*common, *deltas], after),
             GraphSpec(
                 "image_decoder",
-                ImageDecoder(family._vae),
+                ImageDecoder(family._vae, tiles),
                 [latents],
                 [TensorSpec("edited", "uint8", ("batch", "height", "width", 3))],
+                tile=tile,
             ),
         ]
 

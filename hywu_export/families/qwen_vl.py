@@ -136,9 +136,8 @@ class VisionEncoder(nn.Module):
         s = self.settings
         x = (image.to(torch.float32) * s.scale - torch.tensor(s.mean)) / torch.tensor(s.std)
         x = x.reshape(-1, rows, s.merge, s.patch, columns, s.merge, s.patch, 3)
-        x = x.permute(0, 1, 4, 2, 5, 7, 3, 6).unsqueeze(6)
-        x = x.expand(*x.shape[:6], s.frames, *x.shape[7:])
-        return x.reshape(-1, rows * columns, s.merge**2, 3 * s.frames * s.patch**2)
+        x = x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(-1, rows * columns, s.merge**2, 3, 1, s.patch**2)
+        return x.expand(-1, -1, -1, -1, s.frames, -1).flatten(3)
 
     def _rotary(self, order: _WindowOrder, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[windows, patches, 1, head]``: the first half of a head's pairs turns by the

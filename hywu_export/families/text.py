@@ -28,7 +28,7 @@ class HiddenStates(nn.Module):
 
 
 class PooledText(nn.Module):
-    """Token ids ``[B, L]`` to CLIP's state of the final token ``[B, C]``, not projected."""
+    """Token ids ``[B, L]`` to CLIP's state at the end of the text ``[B, C]``, not projected."""
 
     def __init__(self, name: str, encoder: CLIPTextModel):
         super().__init__()
@@ -36,7 +36,15 @@ class PooledText(nn.Module):
         self.add_module(name, encoder)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor]:
-        return (self.get_submodule(self.name)(input_ids).pooler_output,)
+        encoder: CLIPTextModel = self.get_submodule(self.name)
+        hidden = encoder(input_ids).last_hidden_state
+        # The end's id is the largest one; old configurations say 2, which it is not.
+        end = encoder.config.eos_token_id
+        ends = input_ids if end == 2 else input_ids == end
+        first = ends.to(torch.int32).argmax(dim=1, keepdim=True)
+        # A product with a row of one 1 takes its place; indexing would be GatherND, which graphs do without.
+        chosen = torch.arange(input_ids.shape[1]) == first
+        return ((chosen.to(hidden.dtype)[:, None] @ hidden)[:, 0],)
 
 
 def make_t5(config: dict[str, Any]) -> nn.Module:

@@ -39,6 +39,14 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Inferred(TensorSpec):
+    """An output whose dtype and shape are those that tracing finds."""
+
+    dtype: str = "float32"
+    shape: tuple[int | str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Axis:
     """A free dimension, as in the manifest.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from hywu_export.passes.naming import name_by_scope
 from hywu_export.passes.quiet import quiet
 from hywu_export.tracing.fake import traceable
 from hywu_export.tracing.sizes import Sizes
-from hywu_export.tracing.spec import DTYPES, TILE, Axis, GraphSpec, TensorSpec, resolve_axis
+from hywu_export.tracing.spec import DTYPES, TILE, Axis, GraphSpec, Inferred, TensorSpec, resolve_axis
 from hywu_runtime.errors import UnsupportedError
 
 OPSET = 20
@@ -96,7 +96,7 @@ def _trace(spec: GraphSpec, sizes: _Sizes, axes: Mapping[str, Axis]) -> TracedGr
                 f"The module must work for every size of {', '.join(sizes.named_axes())}",
                 "Correct the limits or the multiple of the axis, or the module's use of its size",
             ) from error
-        symbols, units, same = _check_program(spec, sizes, program)
+        symbols, outputs, units, same = _check_program(spec, sizes, program)
         try:
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
@@ -112,7 +112,7 @@ def _trace(spec: GraphSpec, sizes: _Sizes, axes: Mapping[str, Axis]) -> TracedGr
     model.ir_version = IR_VERSION
     signature = program.graph_signature
     parameters = {*signature.parameters, *(set(signature.buffers) - set(signature.non_persistent_buffers))}
-    _declare(model, spec, symbols)
+    _declare(model, spec.inputs, outputs, symbols)
     clean(model, parameters)
     names = Sizes(axes, units, same)
     shapes = {value: value.shape for node in model.graph for value in node.outputs if value.shape is not None}
@@ -126,14 +126,16 @@ def _trace(spec: GraphSpec, sizes: _Sizes, axes: Mapping[str, Axis]) -> TracedGr
     name_by_scope(model, parameters)
     if spec.tile is not None:
         model.metadata_props[TILE] = str(spec.tile)
-    _sign(model.graph, spec)  # passes may have merged the shape of an output with what they inferred
+    _sign(
+        model.graph, spec.inputs, outputs
+    )  # passes may have merged the shape of an output with what they inferred
     used = [name for name in model.graph.initializers if name in parameters]
     return TracedGraph(
         name=spec.name,
         model=model,
         initializers={name: name for name in used},
         inputs=tuple(spec.inputs),
-        outputs=tuple(spec.outputs),
+        outputs=outputs,
         aliases=_aliases(spec.module, used),
         values=_values_between(model.graph, shapes, types, names),
         axes=names.made,
@@ -212,11 +214,11 @@ class _Sizes:
 
 def _check_program(
     spec: GraphSpec, sizes: _Sizes, program: ExportedProgram
-) -> tuple[dict[str, str], dict[str, sympy.Expr], dict[sympy.Expr, sympy.Expr]]:
+) -> tuple[dict[str, str], tuple[TensorSpec, ...], dict[str, sympy.Expr], dict[sympy.Expr, sympy.Expr]]:
     """Compares the exported signature with the declared one.
 
-    Returns torch's size expression → axis name; root axis → torch's symbol for its unit; and what other
-    symbols of torch's are in these.
+    Returns torch's size expression → axis name; the outputs; root axis → torch's symbol for its unit; and
+    what other symbols of torch's are in these.
     """
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     inputs = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
@@ -241,11 +243,16 @@ def _check_program(
             if actual.node.expr.is_Symbol and unit != actual.node.expr / factor:
                 same[actual.node.expr] = unit * factor
             names.setdefault(str(actual), declared)
+    found: list[TensorSpec] = []
     for tensor, value in zip(spec.outputs, outputs):
         if not isinstance(value, torch.Tensor):
             raise UnsupportedError(
                 f"Output {tensor.name!r} of graph {spec.name!r} is {value!r}", "Outputs are tensors"
             )
+        if isinstance(tensor, Inferred):
+            found.append(_found(spec, tensor.name, value, names))
+            continue
+        found.append(tensor)
         expected = [_expression(d, sizes, units) for d in tensor.shape]
         actual = [d if isinstance(d, int) else d.node.expr.subs(same) for d in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
@@ -263,7 +270,20 @@ def _check_program(
                 f"Output {tensor.name!r} of graph {spec.name!r} is {dtype}",
                 f"It is declared as {tensor.dtype}",
             )
-    return names, units, same
+    return names, tuple(found), units, same
+
+
+def _found(spec: GraphSpec, name: str, value: torch.Tensor, names: Mapping[str, str]) -> TensorSpec:
+    """An output as it is in the exported program."""
+    sizes: list[Any] = list(value.shape)
+    shape = [size if isinstance(size, int) else names.get(str(size), "") for size in sizes]
+    if "" in shape:
+        raise UnsupportedError(
+            f"Output {name!r} of graph {spec.name!r} has a size of {sizes[shape.index('')]}",
+            f"A free size is that of an axis of the inputs: {', '.join(names.values()) or 'none'}",
+            "Reshape the output in the module, or give its inputs an axis of that size",
+        )
+    return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
 
 
 def _expression(dimension: int | str, sizes: _Sizes, units: Mapping[str, sympy.Expr]) -> Any:
@@ -288,7 +308,9 @@ def _frozen(spec: GraphSpec, tensor: TensorSpec, axis: str, size: int) -> Unsupp
     )
 
 
-def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> None:
+def _declare(
+    model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], symbols: Mapping[str, str]
+) -> None:
     """Gives inputs, outputs and axes their declared names."""
     graph = model.graph
     for value in _values(graph):
@@ -304,12 +326,12 @@ def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> No
             node.outputs[0].type = output.type
             graph.append(node)
             graph.outputs[index] = node.outputs[0]
-    _sign(graph, spec)
+    _sign(graph, inputs, outputs)
 
 
-def _sign(graph: ir.Graph, spec: GraphSpec) -> None:
+def _sign(graph: ir.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     """Writes the signature, which :func:`_check_program` found to be true, onto inputs and outputs."""
-    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+    for values, tensors in ((graph.inputs, inputs), (graph.outputs, outputs)):
         for value, tensor in zip(values, tensors):
             value.name = tensor.name
             value.shape = ir.Shape(list(tensor.shape))

@@ -30,7 +30,7 @@ const std::vector<Option> options = {
     {"--steps", "N", "Steps of the scheduler.  [default: the bundle's]"},
     {"--strength", "X", "Part of the steps to run, from the photo on.  [default: the bundle's]"},
     {"--scheduler", "NAME", "One of the bundle's schedulers.  [default: its first]"},
-    {"--guidance", "X", "Guidance by the prompt.  [default: the bundle's]"},
+    {"--guidance", "[NAME=]X", "Guidance by the prompt, or the scale of that name; repeat for more.", true},
     {"--image-guidance", "X", "Guidance by the photo.  [default: the bundle's]"},
     {"--size", "WxH", "Size of the picture.  [default: near the photo's]"},
     {"--runs", "N", "Edits that are measured.  [default: 20]"},
@@ -124,7 +124,7 @@ int bench(int count, char** values) {
     request.steps = static_cast<std::int32_t>(arguments.integer("--steps", 1, 1 << 30).value_or(0));
     request.strength = arguments.part("--strength").value_or(0);
     request.sampler = arguments.text("--scheduler").value_or("");
-    if (const auto x = arguments.number("--guidance")) request.guidance["text"] = {*x};
+    request.guidance = arguments.scales("--guidance");
     if (const auto x = arguments.number("--image-guidance")) request.guidance["image"] = {*x};
     if (const auto size = arguments.size("--size")) std::tie(request.width, request.height) = *size;
     hywu::tools::Image photo;

@@ -44,7 +44,7 @@ def pixels(path: Path) -> Any:
 @pytest.mark.slow
 def test_hywu_edit_writes_the_picture_of_hywu_edit(tool: Any, demo_bundle: Path, tmp_path: Path) -> None:
     flags = [
-        "--steps", 3, "--seed", 7, "--guidance", 5, "--image-guidance", 1.3, "--negative-prompt", "ugly",
+        "--steps", 3, "--seed", 7, "--guidance", 5, "--guidance", "image=1.3", "--negative-prompt", "ugly",
         "--delta-strength", 0.8, "--threads", 2, *SMALL,
     ]  # fmt: skip
     ours, theirs = tmp_path / "cpp.png", tmp_path / "python.png"

@@ -171,6 +171,8 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("no results", lambda m: m.update(results={}), "results", False),
     ("result not made", lambda m: m["results"].update(image="image"), "results.image", False),
     ("result of wrong type", lambda m: m["results"].update(image="source"), "uint8", False),
+    ("output not made", lambda m: m["results"].update(outputs=["image"]), "results.outputs[0]", False),
+    ("output twice", lambda m: m["results"].update(outputs=["source"] * 2), "results.outputs[1]", False),
     ("result no delta", lambda m: m["results"].update(deltas=["source"]), "deltas", False),
     (
         "result of guided requests alone",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,23 @@ from hywu_export.families.pixels import from_pixels, to_pixels
 from hywu_export.schedules import apply_row
 
 
+DECODING = ("model", "patch_embed", "final_layer", "timestep_emb", "time_embed", "time_embed_2")
+
+
+def part(network: HunyuanImage3, *names: str) -> HunyuanImage3:
+    """The network with these of its modules: a graph is traced with what it has, read or not, at a price
+    for each parameter."""
+    some = copy(network)
+    some._modules = {name: network._modules[name] for name in names}
+    return some
+
+
 class ImageEncoder(nn.Module):
     """Pixels ``uint8 [B, H, W, 3]`` to latents ``[B, C, h, w]``."""
 
     def __init__(self, transformer: HunyuanImage3):
         super().__init__()
-        self.transformer = transformer
+        self.transformer = part(transformer, "vae")
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
         return (self.transformer.vae.encode(from_pixels(image)),)
@@ -33,7 +45,7 @@ class ImageDecoder(nn.Module):
 
     def __init__(self, transformer: HunyuanImage3):
         super().__init__()
-        self.transformer = transformer
+        self.transformer = part(transformer, "vae")
 
     def forward(self, latents: Tensor) -> tuple[Tensor]:
         return (to_pixels(self.transformer.vae.decode(latents)),)
@@ -44,7 +56,7 @@ class Vision(nn.Module):
 
     def __init__(self, transformer: HunyuanImage3):
         super().__init__()
-        self.transformer = transformer
+        self.transformer = part(transformer, "vision_model", "vision_aligner")
 
     def forward(self, patches: Tensor, grid: Tensor) -> tuple[Tensor]:
         return (self.transformer.see(patches, grid),)
@@ -166,6 +178,7 @@ class Condition(nn.Module):
 
     def __init__(self, transformer: HunyuanImage3, tokens: Tokens):
         super().__init__()
+        transformer = part(transformer, *DECODING)
         self.transformer = transformer
         self.prompt = Prompt(transformer, tokens)
 
@@ -194,6 +207,7 @@ class Prefill(nn.Module):
 
     def __init__(self, transformer: HunyuanImage3, tokens: Tokens, spec: DeltaSpec, guided: bool):
         super().__init__()
+        transformer = part(transformer, *DECODING)
         self.transformer = transformer
         self.prompt = Prompt(transformer, tokens)
         spec = cached_targets(spec, transformer.config.num_layers)
@@ -244,6 +258,7 @@ class Step(nn.Module):
 
     def __init__(self, transformer: HunyuanImage3, tokens: Tokens, spec: DeltaSpec, guided: bool):
         super().__init__()
+        transformer = part(transformer, *DECODING)
         self.transformer = transformer
         self.before = Prompt(transformer, tokens).before
         self.names = tuple(spec.tensors())

@@ -126,11 +126,12 @@ HYWU_API hywu_status hywu_set_log(hywu_log_callback callback, void* user, int32_
 
 /* ---- Handles and plain values ---- */
 
-typedef struct hywu_bundle hywu_bundle; /* an opened bundle; what its editors share */
-typedef struct hywu_editor hywu_editor; /* runs a bundle on a backend */
-typedef struct hywu_deltas hywu_deltas; /* an immutable set of weight deltas */
-typedef struct hywu_images hywu_images; /* edited pictures */
-typedef struct hywu_cancel hywu_cancel; /* a flag that ends a request early */
+typedef struct hywu_bundle hywu_bundle;   /* an opened bundle; what its editors share */
+typedef struct hywu_editor hywu_editor;   /* runs a bundle on a backend */
+typedef struct hywu_deltas hywu_deltas;   /* an immutable set of weight deltas */
+typedef struct hywu_images hywu_images;   /* edited pictures */
+typedef struct hywu_tensors hywu_tensors; /* what a module that is no editor made */
+typedef struct hywu_cancel hywu_cancel;   /* a flag that ends a request early */
 
 /* A picture: `height` rows of `width` pixels of 3 bytes; `stride` bytes from row to row, 0 for 3 * width. */
 typedef struct hywu_pixels {
@@ -245,6 +246,8 @@ HYWU_API hywu_status hywu_editor_limits(const hywu_editor* editor, hywu_limits* 
 /* The samplers, the default first, and the scales of guidance, by index; NULL after the last. */
 HYWU_API const char* hywu_editor_sampler(const hywu_editor* editor, size_t index);
 HYWU_API const char* hywu_editor_guidance(const hywu_editor* editor, size_t index, double* default_scale);
+/* What hywu_run gives, by index; NULL after the last. */
+HYWU_API const char* hywu_editor_output(const hywu_editor* editor, size_t index);
 /* The step counts that a sampler takes, ascending; NULL is the default. Writes up to `capacity` of them, and
  * how many there are; `steps` may be NULL if `capacity` is 0. */
 HYWU_API hywu_status hywu_editor_steps(const hywu_editor* editor, const char* sampler, int32_t* steps,
@@ -360,6 +363,30 @@ HYWU_API hywu_status hywu_generate_params_init(hywu_generate_params* params, siz
 /* The deltas that an edit of the photo with the prompt would use. HYWU_ERROR_…: as hywu_edit. */
 HYWU_API hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* params,
                                    hywu_deltas** deltas);
+
+/* A request to a bundle of any module (hywu_export.trace): tensors in, tensors out. */
+typedef struct hywu_run_params {
+    size_t struct_size;
+    const hywu_tensor* inputs; /* [input_count] by name; their batch is the request's */
+    size_t input_count;
+    const char* const* outputs;       /* [output_count] the results to compute, by name */
+    size_t output_count;              /* 0: all that the bundle names */
+    double delta_strength;            /* 1 is as generated, 0 the base model */
+    const double* delta_strengths;    /* [strength_count], one for each sample */
+    size_t strength_count;            /* 0: `delta_strength` for all */
+    const hywu_deltas* const* deltas; /* [delta_count]: use these and do not run the generator */
+    size_t delta_count;               /* 0; 1: one set for all or for the batch; the batch: one for each */
+    hywu_cancel* cancel;              /* may be NULL */
+} hywu_run_params;
+HYWU_API hywu_status hywu_run_params_init(hywu_run_params* params, size_t struct_size);
+
+/* Runs a bundle that names outputs. HYWU_ERROR_…: as hywu_edit; _UNSUPPORTED if it names none. */
+HYWU_API hywu_status hywu_run(hywu_editor* editor, const hywu_run_params* params, hywu_tensors** tensors);
+
+HYWU_API size_t hywu_tensors_count(const hywu_tensors* tensors);
+/* A tensor by index, in the order of the outputs. */
+HYWU_API hywu_status hywu_tensors_get(const hywu_tensors* tensors, size_t index, hywu_tensor* tensor);
+HYWU_API void hywu_tensors_free(hywu_tensors* tensors);
 
 /* ---- Deltas ---- */
 

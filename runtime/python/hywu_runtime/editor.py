@@ -43,7 +43,7 @@ class Limits:
 
     ``steps``: sampler to its step counts. ``guidance``: scale to its default. ``rank``: the largest rank of
     deltas, 0 without deltas. ``default_strength``: None where every edit starts from noise.
-    ``photos``: how many each request has.
+    ``photos``: how many each request has. ``outputs``: what `Editor.run` gives.
     """
 
     batch: tuple[int, int]
@@ -57,6 +57,7 @@ class Limits:
     generates: bool
     default_strength: float | None = None
     photos: int = 1
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ class Editor:
             generates=bool(m.results.deltas),
             default_strength=m.schedules.strength.default if m.schedules and m.schedules.strength else None,
             photos=self._photos,
+            outputs=m.results.outputs,
         )
 
     def edit(
@@ -281,8 +283,8 @@ class Editor:
         if image is None:
             raise UnsupportedError(
                 "This bundle makes no images",
-                "It holds a generator of deltas alone",
-                "Use `generate`, or export with a base",
+                "It holds a generator of deltas alone, or a module that is no editor",
+                "Use `generate` or `run`, or export with a base",
             )
         if output not in ("pil", "array"):
             raise InputError(f"`output` is {show(output)}", "Expected pil or array", "Correct it")
@@ -351,13 +353,61 @@ class Editor:
                 )
         return deltas
 
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        *,
+        outputs: Sequence[str] | None = None,
+        deltas: Deltas | Sequence[Deltas] | None = None,
+        delta_strength: Scale = 1.0,
+        cancel: Cancel | None = None,
+    ) -> dict[str, Array]:
+        """Runs a module that is no image editor (``hywu_export.trace``): tensors in, tensors out.
+
+        Args:
+            inputs: values for tensors of the program, by name, of their dtypes. Their batch is the request's.
+            outputs: which results to compute; None is all that the bundle names.
+            deltas, delta_strength, cancel: as in :meth:`edit_batch`; one entry per sample.
+        Returns:
+            arrays by the names of ``outputs``.
+        Raises:
+            UnsupportedError: this bundle names no outputs.
+            InputError, DeltaError, CancelledError, BundleError, EngineError, DeviceError: as
+                :meth:`edit_batch`.
+        """
+        named = self._manifest.results.outputs
+        if not named:
+            raise UnsupportedError(
+                "This bundle names no outputs",
+                "It makes images or deltas",
+                "Use `edit` or `generate`, or make a bundle with hywu_export.trace",
+            )
+        wanted = tuple(outputs) if outputs is not None else named
+        for name in wanted:
+            if name not in named:
+                raise InputError(
+                    f"This bundle has no output {show(name)}",
+                    f"It has: {', '.join(named)}",
+                    "Correct `outputs`",
+                )
+        given = self._given(inputs, None)
+        count = self._batch_of(given)
+        samples = self._samples([(None, "")] * count, "", 0, None, None, delta_strength, None)
+        if deltas is not None:
+            given |= self._checked(deltas, count)
+        plan = make_plan(self._manifest, wanted, frozenset(given))
+        given |= self._absent(plan, samples)
+        generated = tuple(
+            name for name in self._manifest.results.deltas if deltas is None and name not in given
+        )
+        return self._run(plan, samples, given, None, None, generated, None, cancel)
+
     def warm_up(self) -> None:
         """Loads what a default request needs, and runs one on a gray photo if no input is missing."""
         m = self._manifest
         guided = is_guided(m.guidance)
-        plan = make_plan(
-            m, [m.results.image] if m.results.image is not None else m.results.deltas, guided=guided
-        )
+        main = [m.results.image] if m.results.image is not None else m.results.outputs
+        plan = make_plan(m, main or m.results.deltas, guided=guided)
         with self._lock:
             self._check_open()
             self._executor.load(plan)

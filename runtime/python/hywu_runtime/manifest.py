@@ -240,6 +240,7 @@ class Results:
 
     image: Name | None = None
     deltas: tuple[Name, ...] = ()
+    outputs: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True)

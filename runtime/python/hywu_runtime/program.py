@@ -336,10 +336,11 @@ class Executor:
         return unseen
 
     def _check_result(self, plan: Plan, after: _Turn) -> None:
-        """Refuses carried values that are not finite; they are small, and a wrong delta shows in them."""
+        """Refuses carried values and results that are not finite; a wrong delta shows in these, and they are
+        small."""
         calls = [self._manifest.program[i] for i in plan.calls["final"]]
         read = {name for call in calls for name in self._manifest.reads(call).values()}
-        for name in sorted(read & self._states.keys()):
+        for name in sorted((read & self._states.keys()) | set(plan.wanted)):
             tensor = self._tensor(name, after)
             if tensor.dtype.kind == "f" and not np.isfinite(tensor.read()).all():
                 raise DeltaError(

@@ -504,8 +504,8 @@ def _state(m: Manifest, made: Mapping[str, tuple[Value, int]]) -> None:
 
 
 def _results(m: Manifest, made: Mapping[str, object]) -> None:
-    if m.results.image is None and not m.results.deltas:
-        raise malformed("results", "is empty", "an `image`, `deltas`, or both")
+    if m.results.image is None and not m.results.deltas and not m.results.outputs:
+        raise malformed("results", "is empty", "an `image`, `deltas` or `outputs`")
     if m.results.image is not None:
         _known("results.image", m.results.image, made, "made by a call")
         value = m.signatures[m.results.image]
@@ -528,6 +528,12 @@ def _results(m: Manifest, made: Mapping[str, object]) -> None:
         elif m.signatures[name].dtype != "float32" or len(m.signatures[name].shape) < 3:
             value = m.signatures[name]
             raise malformed(key, f"is {value.dtype} {list(value.shape)}", "float32 with at least 3 axes")
+    seen: set[str] = set()
+    for i, name in enumerate(m.results.outputs):
+        _known(f"results.outputs[{i}]", name, made, "made by a call")
+        if name in seen:
+            raise malformed(f"results.outputs[{i}]", f"repeats {show(name)}", "each name once")
+        seen.add(name)
 
 
 def _engines(m: Manifest) -> None:

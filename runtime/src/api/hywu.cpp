@@ -44,6 +44,9 @@ struct hywu_deltas {
 struct hywu_images {
     core::Array pixels;  // [count, height, width, 3]
 };
+struct hywu_tensors {
+    std::vector<std::pair<std::string, core::Array>> tensors;
+};
 struct hywu_cancel {
     std::shared_ptr<std::atomic<bool>> flag = std::make_shared<std::atomic<bool>>(false);
 };
@@ -91,6 +94,13 @@ hywu_generate_params generate_defaults() {
     params.struct_size = sizeof params;
     params.prompt_length = HYWU_TERMINATED;
     params.photo_count = 1;
+    return params;
+}
+
+hywu_run_params run_defaults() {
+    hywu_run_params params = {};
+    params.struct_size = sizeof params;
+    params.delta_strength = 1.0;
     return params;
 }
 
@@ -181,6 +191,19 @@ runtime::View view(const hywu_tensor& tensor, const std::string& name) {
     }
     if (!empty) need(tensor.data, ("data of tensor " + core::show(name)).c_str());
     return {*dtype, std::move(shape), tensor.data};
+}
+
+// An array that somebody holds, whose dtype is one that bundles have.
+hywu_tensor tensor_of(const std::string& name, const core::Array& array) {
+    hywu_tensor tensor = {};
+    tensor.name = name.c_str();
+    tensor.data = array.data();
+    for (int32_t dtype = HYWU_DTYPE_UINT8; dtype <= HYWU_DTYPE_FLOAT64; ++dtype) {
+        if (dtype_of(dtype) == array.dtype()) tensor.dtype = dtype;
+    }
+    tensor.rank = static_cast<int32_t>(array.shape().size());
+    std::copy(array.shape().begin(), array.shape().end(), tensor.shape);
+    return tensor;
 }
 
 runtime::NamedViews views(const hywu_tensor* tensors, std::size_t count, const char* list) {
@@ -576,6 +599,12 @@ const char* hywu_editor_guidance(const hywu_editor* editor, size_t index, double
     return guidance[index].first.c_str();
 }
 
+const char* hywu_editor_output(const hywu_editor* editor, size_t index) {
+    if (editor == nullptr) return nullptr;
+    const auto& outputs = editor->editor->bundle().manifest().results.outputs;
+    return index < outputs.size() ? outputs[index].c_str() : nullptr;
+}
+
 hywu_status hywu_editor_steps(const hywu_editor* editor, const char* sampler, int32_t* steps, size_t capacity,
                               size_t* count) {
     return guard([&] {
@@ -775,6 +804,54 @@ hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* given
     });
 }
 
+hywu_status hywu_run_params_init(hywu_run_params* params, size_t struct_size) {
+    return guard([&] { api::write_struct(params, struct_size, run_defaults(), {}, "hywu_run_params"); });
+}
+
+hywu_status hywu_run(hywu_editor* editor, const hywu_run_params* given, hywu_tensors** tensors) {
+    return guard([&] {
+        const auto found = held(editor);
+        need(given, "params");
+        need(tensors, "tensors");
+        const hywu_run_params params = api::read_struct(given, run_defaults(), {}, "hywu_run_params");
+        runtime::RunOptions options;
+        options.inputs = views(params.inputs, params.input_count, "inputs");
+        check_list(params.outputs, params.output_count, "outputs");
+        options.outputs = texts(params.outputs, nullptr, params.output_count, "outputs");
+        check_list(params.delta_strengths, params.strength_count, "delta_strengths");
+        options.strengths = {params.delta_strength};
+        if (params.strength_count != 0) {
+            options.strengths.assign(params.delta_strengths, params.delta_strengths + params.strength_count);
+        }
+        check_list(params.deltas, params.delta_count, "deltas");
+        for (std::size_t i = 0; i < params.delta_count; ++i) {
+            need(params.deltas[i], entry("deltas", i).c_str());
+            options.deltas.push_back(&params.deltas[i]->deltas);
+        }
+        options.cancelled = cancelled(params.cancel);
+        give(tensors, std::make_unique<hywu_tensors>(hywu_tensors{found->run(options)}));
+    });
+}
+
+size_t hywu_tensors_count(const hywu_tensors* tensors) {
+    return tensors == nullptr ? 0 : tensors->tensors.size();
+}
+
+hywu_status hywu_tensors_get(const hywu_tensors* tensors, size_t index, hywu_tensor* tensor) {
+    return guard([&] {
+        need(tensors, "tensors");
+        need(tensor, "tensor");
+        if (index >= tensors->tensors.size()) {
+            throw input_error("There is no tensor " + std::to_string(index),
+                              "There are " + std::to_string(tensors->tensors.size()), "Choose one of these");
+        }
+        const auto& [name, array] = tensors->tensors[index];
+        *tensor = tensor_of(name, array);
+    });
+}
+
+void hywu_tensors_free(hywu_tensors* tensors) { delete tensors; }
+
 // ---- Deltas ----
 
 hywu_status hywu_deltas_create(const hywu_tensor* tensors, size_t count, hywu_deltas** deltas) {
@@ -871,13 +948,7 @@ hywu_status hywu_deltas_tensor(const hywu_deltas* deltas, size_t index, hywu_ten
                               "There are " + std::to_string(deltas->deltas.size()), "Choose one of these");
         }
         const auto& [name, array] = *std::next(deltas->deltas.begin(), static_cast<std::ptrdiff_t>(index));
-        hywu_tensor found = {};
-        found.name = name.c_str();
-        found.data = array->data();
-        found.dtype = HYWU_DTYPE_FLOAT32;
-        found.rank = static_cast<int32_t>(array->shape().size());
-        std::copy(array->shape().begin(), array->shape().end(), found.shape);
-        *tensor = found;
+        *tensor = tensor_of(name, *array);
     });
 }
 

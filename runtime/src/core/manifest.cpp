@@ -373,6 +373,7 @@ template <class Visitor>
 static void fields(Visitor& visit, Results& value) {
     visit.optional(Nullable<Name>{}, "image", value.image);
     visit.optional(List<Name>{}, "deltas", value.deltas);
+    visit.optional(List<Name>{}, "outputs", value.outputs);
 }
 
 template <class Visitor>

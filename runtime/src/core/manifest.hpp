@@ -175,7 +175,7 @@ struct Call {
 // What the program is for.
 struct Results {
     std::optional<std::string> image;
-    std::vector<std::string> deltas;
+    std::vector<std::string> deltas, outputs;
 };
 
 // An initial state of zeros.

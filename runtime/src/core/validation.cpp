@@ -732,8 +732,8 @@ void Validator::state(const Flow& flow) const {
 }
 
 void Validator::results(const Flow& flow) const {
-    if (!m_.results.image && m_.results.deltas.empty()) {
-        throw malformed("results", "is empty", "an `image`, `deltas`, or both");
+    if (!m_.results.image && m_.results.deltas.empty() && m_.results.outputs.empty()) {
+        throw malformed("results", "is empty", "an `image`, `deltas` or `outputs`");
     }
     if (m_.results.image) {
         known("results.image", *m_.results.image, flow.made, "made by a call");
@@ -758,6 +758,13 @@ void Validator::results(const Flow& flow) const {
         } else if (value.dtype != Dtype::float32 || value.shape.size() < 3) {
             throw malformed(key, "is " + written(value.dtype, value.shape), "float32 with at least 3 axes");
         }
+    }
+    std::set<std::string> seen;
+    for (std::size_t i = 0; i < m_.results.outputs.size(); ++i) {
+        const std::string& result = m_.results.outputs[i];
+        const std::string key = at("results.outputs", i);
+        known(key, result, flow.made, "made by a call");
+        if (!seen.insert(result).second) throw malformed(key, "repeats " + show(result), "each name once");
     }
 }
 

@@ -293,7 +293,8 @@ std::optional<core::ImagePolicy> Editor::policy(std::int64_t batch) const {
 void Editor::edit(const EditOptions& options, const Place& place) {
     if (!manifest_.results.image) {
         throw Error(ErrorKind::unsupported, "This bundle makes no images",
-                    "It holds a generator of deltas alone", "Use `generate`, or export with a base");
+                    "It holds a generator of deltas alone, or a module that is no editor",
+                    "Use `generate` or `run`, or export with a base");
     }
     const std::string& image = *manifest_.results.image;
     Samples batch = samples(options.count, options.photos, options.size);
@@ -346,14 +347,7 @@ core::Deltas Editor::generate(const GenerateOptions& options) {
     }
     std::vector<Array> kept;
     NamedViews inputs = given(options.inputs, {}, kept);
-    std::size_t count = 1;
-    for (const auto& [name, view] : inputs) {
-        const core::Dims& shape = manifest_.signatures.at(name).shape;
-        if (!shape.empty() && shape[0].axis == "batch" && !view.shape.empty()) {
-            count = static_cast<std::size_t>(view.shape[0]);
-            break;
-        }
-    }
+    const std::size_t count = batch_of(inputs);
     check_batch(count);
     std::vector<Photo> photos;  // the same for each sample
     for (std::size_t i = 0; i < count; ++i) {
@@ -391,11 +385,73 @@ core::Deltas Editor::generate(const GenerateOptions& options) {
     return core::Deltas(std::move(made));
 }
 
+std::vector<std::pair<std::string, Array>> Editor::run(const RunOptions& options) {
+    const std::vector<std::string>& named = manifest_.results.outputs;
+    if (named.empty()) {
+        throw Error(ErrorKind::unsupported, "This bundle names no outputs", "It makes images or deltas",
+                    "Use `edit` or `generate`, or make a bundle with hywu_export.trace");
+    }
+    const std::vector<std::string> wanted = options.outputs.empty() ? named : options.outputs;
+    for (const std::string& name : wanted) {
+        if (std::find(named.begin(), named.end(), name) != named.end()) continue;
+        std::string known;
+        for (const std::string& output : named) known += (known.empty() ? "" : ", ") + output;
+        throw Error(ErrorKind::input, "This bundle has no output " + show(name), "It has: " + known,
+                    "Correct `outputs`");
+    }
+    std::vector<Array> kept;
+    NamedViews inputs = given(options.inputs, {}, kept);
+    const std::size_t count = batch_of(inputs);
+    Samples batch = samples(count, {}, {});
+    batch.prompts.assign(count, "");
+    batch.negative_prompts.assign(count, "");
+    for (std::size_t i = 0; i < count; ++i) batch.seeds.push_back({0, static_cast<std::uint32_t>(i)});
+    EditOptions defaults;
+    defaults.count = count;
+    defaults.cancelled = options.cancelled;
+    batch.scales = scales(defaults);
+    batch.strengths = per_sample("delta_strength", options.strengths, count);
+    core::Deltas deltas;
+    if (!options.deltas.empty()) {
+        deltas = checked(options.deltas, count);
+        for (const auto& [name, array] : deltas) inputs.emplace_back(name, View(*array));
+    }
+    std::set<std::string> names;
+    for (const auto& [name, view] : inputs) names.insert(name);
+    const Plan plan = make_plan(manifest_, wanted, names);
+    add_absent(plan, batch.strengths, inputs, kept);
+    std::vector<std::string> generated;
+    for (const std::string& name : manifest_.results.deltas) {
+        if (options.deltas.empty() && names.count(name) == 0) generated.push_back(name);
+    }
+    std::vector<std::pair<std::string, Array>> made;
+    run(
+        plan, batch, inputs, {}, std::move(generated), defaults, [](const Axes&) {},
+        [&](const std::string& name, backends::DeviceTensor& tensor) {
+            Array array(tensor.dtype(), tensor.shape());
+            tensor.read(array.data(), array.bytes());
+            made.emplace_back(name, std::move(array));
+        });
+    return made;
+}
+
+std::size_t Editor::batch_of(const NamedViews& inputs) const {
+    for (const auto& [name, view] : inputs) {
+        const core::Dims& shape = manifest_.signatures.at(name).shape;
+        if (!shape.empty() && shape[0].axis == "batch" && !view.shape.empty()) {
+            return static_cast<std::size_t>(view.shape[0]);
+        }
+    }
+    return 1;
+}
+
 void Editor::warm_up() {
     const bool guided = core::is_guided(manifest_.guidance);
+    const core::Results& results = manifest_.results;
     const Plan plan = make_plan(manifest_,
-                                manifest_.results.image ? std::vector<std::string>{*manifest_.results.image}
-                                                        : manifest_.results.deltas,
+                                results.image              ? std::vector<std::string>{*results.image}
+                                : !results.outputs.empty() ? results.outputs
+                                                           : results.deltas,
                                 {}, guided);
     {
         const Turn turn(*this);

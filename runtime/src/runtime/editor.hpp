@@ -66,6 +66,14 @@ struct GenerateOptions {
     std::function<bool()> cancelled;
 };
 
+struct RunOptions {
+    NamedViews inputs;
+    std::vector<std::string> outputs;         // none: all that the bundle names
+    std::vector<double> strengths = {1.0};    // one for all, or for each sample
+    std::vector<const core::Deltas*> deltas;  // as in EditOptions
+    std::function<bool()> cancelled;
+};
+
 // What an editor accepts: of the bundle's limits, what its engines cover if it runs on engines. `size` is
 // that of the newest of them; `guidance`: name and default; `photos`: how many each sample has.
 struct Limits {
@@ -108,6 +116,8 @@ public:
     void edit(const EditOptions& options, const Place& place);
     // The deltas that an edit would use. Throws as edit().
     core::Deltas generate(const GenerateOptions& options);
+    // What a module that is no image editor makes of tensors, in the order of the outputs. Throws as edit().
+    std::vector<std::pair<std::string, core::Array>> run(const RunOptions& options);
     // Loads what a default request needs, and runs one on a gray photo if no input is missing.
     void warm_up();
 
@@ -137,6 +147,8 @@ private:
     // The size that the newest engine is tuned for, or a small one.
     Size warm_up_size() const;
     Samples samples(std::size_t count, const std::vector<Photo>& photos, const std::optional<Size>& size) const;
+    // The batch of tensors that the caller gives.
+    std::size_t batch_of(const NamedViews& inputs) const;
     std::map<std::string, std::vector<double>> scales(const EditOptions& options) const;
     // Tensors that the caller gives by name: no deltas, and nothing that changes from step to step.
     NamedViews given(const NamedViews& inputs, const std::optional<View>& latents,

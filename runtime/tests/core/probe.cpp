@@ -108,7 +108,7 @@ json dump(const core::Call& value) {
             {"guided", dump(value.guided)}, {"implementation", dump(value.implementation)}};
 }
 json dump(const core::Results& value) {
-    return {{"image", dump(value.image)}, {"deltas", dump(value.deltas)}};
+    return {{"image", dump(value.image)}, {"deltas", dump(value.deltas)}, {"outputs", dump(value.outputs)}};
 }
 json dump(const core::State& value) {
     const auto* zeros = std::get_if<core::Zeros>(&value.initial);
