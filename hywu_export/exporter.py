@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hywu_export.bundle.sources import read_json_object
 from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
