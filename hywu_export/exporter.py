@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,16 @@ from hywu_runtime.manifest import Guidance, Licence, Manifest, Results, Sampler,
 if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
     from hywu_export.deltas import DeltaSpec
+    from hywu_export.deltas.catalogue import Resolved
     from hywu_export.families.base import Family, Limits, Plan
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
+    from hywu_export.tracing import GraphSpec, TracedGraph
 
 log = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 20
+DEFAULT_RANK = 16
 SCHEDULE_FILE = "schedule.safetensors"
 
 Progress = Callable[[str, int, int], None]
@@ -34,9 +37,10 @@ class ExportOptions:
     """What may be chosen about an export; None is the checkpoint's or the family's own choice.
 
     Attributes:
-        targets: module patterns that take deltas, for a base without a generator.
-        lora: a PEFT adapter whose targets and ranks the bundle takes, instead of ``targets``.
-        max_rank: rank of those deltas.
+        targets: module patterns that take deltas, for a base without a generator; those that start with
+            ``<component>.`` are looked up in that component.
+        loras: LoRA files whose modules the bundle takes, each with its largest rank among them.
+        max_rank: rank of ``targets`` (None: 16), and the smallest one of the modules of ``loras``.
         samplers: names of samplers; the first is the default.
         max_steps: largest step count in the schedule.
         steps, guidance: defaults of an edit.
@@ -48,8 +52,8 @@ class ExportOptions:
     """
 
     targets: Sequence[str] = ()
-    lora: Path | None = None
-    max_rank: int = 16
+    loras: Sequence[Path] = ()
+    max_rank: int | None = None
     samplers: Sequence[str] = ()
     max_steps: int = 100
     steps: int | None = None
@@ -91,10 +95,11 @@ def export(
     generator: str | Path | None = None,
     options: ExportOptions | None = None,
     progress: Progress | None = None,
+    understood: Callable[[Resolved], object] | None = None,
 ) -> Manifest:
     """Write the bundle ``out`` from a diffusers pipeline folder, a generator folder, or both.
 
-    ``progress(what, done, total)`` is called before each stage.
+    ``progress(what, done, total)`` is called before each stage, ``understood`` with every LoRA file.
 
     Raises:
         CheckpointError, UnsupportedError, DeltaError, InputError: what was given cannot be exported.
@@ -107,13 +112,16 @@ def export(
         raise InputError(
             "There is nothing to export", "A base, a generator, or both", "Give --base or --generator"
         )
-    if generator is not None and (options.targets or options.lora):
+    if generator is not None and (options.targets or options.loras):
         raise InputError(
             "Targets were given beside a generator",
             "The generator's own targets are the bundle's",
             "Leave out --targets and --lora, or the generator",
         )
     job = _Job(None if base is None else Path(base), None if generator is None else Path(generator), options)
+    for lora in job.loras:
+        if understood is not None:
+            understood(lora)
     total = len(job.plan.graphs) + 2
     tell = progress or (lambda what, done, total: None)
     with BundleWriter(out, overwrite=options.overwrite, validate=Manifest.from_dict) as writer:
@@ -142,17 +150,20 @@ class _Job:
         self.family = None if base is None else open_base(base)
         self.spec: DeltaSpec | None = None
         self.tables: dict[str, ScheduleTable] = {}
+        self.loras: list[Resolved] = []
+        self._unread: set[str] = set()
         columns, base_prompt = 0, None
         if self.family is None:
             _refuse_options_of_a_base(options)
         else:
-            self.spec = _delta_spec(self.family, self.generator, options)
+            self.spec = self._delta_spec(self.family)
             self.tables = _schedules(self.family, options)
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         area = None if options.size is None else options.size**2
         limits = Limits(options.max_batch, options.max_size, area, options.text_length, options.vae_tile)
-        self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
+        self._planning = (self.family, self.generator, self.spec, limits, base_prompt, columns)
+        self.plan = make_plan(*self._planning)
         _check_tiles(self.plan, options.vae_tile)
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
@@ -161,13 +172,50 @@ class _Job:
             for name, encoding in self.plan.tokenizers.items()
         }
 
+    def _delta_spec(self, family: Family) -> DeltaSpec:
+        from hywu_export.deltas.catalogue import Catalogue
+        from hywu_export.deltas.convert import resolve
+
+        modules = {name: component.module for name, component in family.components.items()}
+        if self.generator is not None:
+            return self.generator.spec(modules[family.denoiser])
+        options, rank = self.options, self.options.max_rank
+        catalogue = Catalogue.from_modules(modules, family.denoiser)
+        self.loras = [resolve(path, catalogue) for path in options.loras]
+        spec = catalogue.spec(self.loras, rank or 1)
+        others = [name for name in modules if name != family.denoiser]
+        if options.targets:
+            spec = spec.union(_matching(family, options.targets, rank or DEFAULT_RANK))
+        if not spec.without(*others).targets:
+            # Also beside those of text encoders alone: the denoiser's graphs read the gate.
+            rank = rank or spec.rank or DEFAULT_RANK
+            spec = spec.union(_matching(family, family.default_targets, rank))
+        return spec
+
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
         from hywu_export.passes import check
-        from hywu_export.tracing import trace
 
-        traced = trace(graph, self.plan.axes)
+        traced = self._traced(graph.name)
         check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
         writer.add_graph(traced)
+
+    def _traced(self, name: str) -> TracedGraph:
+        """A graph of the plan, without the deltas that no output of it depends on.
+
+        Models have such modules: the last layer of a text encoder of which an earlier layer's output is
+        used. LoRA files change them all the same, so the bundle takes their deltas, and no graph reads them.
+        """
+        from hywu_export.tracing import trace
+
+        traced = trace(_named(self.plan, name), self.plan.axes)
+        deltas = set() if self.spec is None else set(self.spec.tensors())
+        unread = {v.name or "" for v in traced.model.graph.inputs if not v.uses()} & deltas
+        if not unread:
+            return traced
+        self._unread |= {delta.rpartition(".")[0] for delta in unread}
+        log.info("Without effect in %s: deltas of %s", name, ", ".join(sorted(self._unread)))
+        self.plan = make_plan(*self._planning, unread=self._unread)
+        return trace(_named(self.plan, name), self.plan.axes)
 
     def sections(self, writer: BundleWriter) -> dict[str, object]:
         """Add weights and files to the writer; return the sections of the manifest that it cannot know."""
@@ -280,11 +328,14 @@ def make_plan(
     limits: Limits,
     base_prompt: str | None,
     coefficients: int,
+    unread: Collection[str] = (),
 ) -> Plan:
     """The plan of a bundle of ``family`` with its ``spec``, of ``generator``, or of both.
 
-    The rest is as for `Family.plan`.
+    ``unread`` are targets whose deltas no graph is to read. The rest is as for `Family.plan`.
     """
+    from hywu_export.deltas import DeltaSpec
+    from hywu_export.families.component_deltas import add_component_deltas
     from hywu_export.tracing import Axis
 
     if family is None or spec is None:
@@ -292,14 +343,21 @@ def make_plan(
         plan = generator.plan(None, None)
         plan.axes["batch"] = Axis(1, limits.max_batch)
         return plan
-    plan = family.plan(spec, limits, base_prompt, coefficients)
+    others = [name for name in family.components if name != family.denoiser]
+    read = DeltaSpec(tuple(target for target in spec.targets if target.module not in unread))
+    plan = family.plan(read.without(*others), limits, base_prompt, coefficients)
+    add_component_deltas(plan, read, others)
     if generator is not None:
         plan.add(generator.plan(spec, family.condition_source))
     return plan
 
 
+def _named(plan: Plan, name: str) -> GraphSpec:
+    return next(graph for graph in plan.graphs if graph.name == name)
+
+
 def _refuse_options_of_a_base(options: ExportOptions) -> None:
-    for name in ("targets", "lora", "samplers", "steps", "max_size", "size", "text_length", "vae_tile"):
+    for name in ("targets", "loras", "samplers", "steps", "max_size", "size", "text_length", "vae_tile"):
         if getattr(options, name):
             raise InputError(
                 f"The option {name} was given without a base",
@@ -320,15 +378,25 @@ def _check_tiles(plan: Plan, tile: int | None) -> None:
         )
 
 
-def _delta_spec(family: Family, generator: GeneratorPart | None, options: ExportOptions) -> DeltaSpec:
+def _matching(family: Family, patterns: Sequence[str], rank: int) -> DeltaSpec:
+    """The targets that ``patterns`` match, each in the component that it starts with, or in the denoiser."""
     from hywu_export.deltas import DeltaSpec
+    from hywu_export.deltas.catalogue import delta_name
 
-    denoiser = family.components[family.denoiser].module
-    if generator is not None:
-        return generator.spec(denoiser)
-    if options.lora is not None:
-        return DeltaSpec.from_peft(options.lora, denoiser)
-    return DeltaSpec.from_patterns(denoiser, options.targets or family.default_targets, options.max_rank)
+    of: dict[str, list[str]] = {}
+    for pattern in patterns:
+        component, _, rest = pattern.partition(".")
+        inside = rest != "" and component in family.components
+        of.setdefault(component if inside else family.denoiser, []).append(rest if inside else pattern)
+    spec = DeltaSpec(())
+    for component in sorted(of, key=lambda name: name != family.denoiser):
+        found = DeltaSpec.from_patterns(family.components[component].module, of[component], rank)
+        if component != family.denoiser:
+            found = DeltaSpec(
+                tuple(replace(t, module=delta_name(component, t.module)) for t in found.targets)
+            )
+        spec = spec.union(found)
+    return spec
 
 
 def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTable]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,11 +14,14 @@ from hywu_export.cli.common import (
     Command,
     check_output,
     json_option,
+    lora_line,
+    lora_report,
     plural,
     print_json,
     progress_bar,
     source_option,
     time_text,
+    weighted,
 )
 from hywu_runtime.errors import InputError
 
@@ -55,6 +59,13 @@ if TYPE_CHECKING:
 @click.option("--size", metavar="WxH", help="Size of the picture.  [default: near the photo's, aspect kept]")
 @click.option("--scheduler", metavar="NAME", help="One of the bundle's schedulers.  [default: its first]")
 @click.option("--deltas", "deltas_file", metavar="FILE", help="Use these deltas instead of generated ones.")
+@click.option(
+    "--lora",
+    "loras",
+    metavar="FILE[:WEIGHT]",
+    multiple=True,
+    help="Use this LoRA, of any spelling, or delta file; repeat to add others.",
+)
 @click.option("--save-deltas", metavar="FILE", help="Also write the generated deltas.")
 @click.option("--backend", metavar="NAME", default="auto", show_default=True, help="See `hywu doctor`.")
 @click.option("--variant", metavar="NAME", help="A precision variant of the bundle.")
@@ -67,13 +78,14 @@ def edit(
     bundle: str, photo: str, prompt: str, out: str | None, steps: int | None, seed: int,
     delta_strength: float, guidance: tuple[tuple[str, float], ...], image_guidance: float | None,
     negative_prompt: str, size: str | None, scheduler: str | None, deltas_file: str | None,
-    save_deltas: str | None, backend: str, variant: str | None, engine: str | None, threads: int | None,
-    low_memory: bool, sources: dict[str, str], as_json: bool,
+    loras: tuple[str, ...], save_deltas: str | None, backend: str, variant: str | None, engine: str | None,
+    threads: int | None, low_memory: bool, sources: dict[str, str], as_json: bool,
 ) -> None:  # fmt: skip
     """Edit PHOTO as PROMPT says.
 
     \b
     hywu edit out/bundle photo.jpg "make it sepia" --steps 8 --seed 42
+    hywu edit out/bundle photo.jpg "make it sepia" --lora style.safetensors:0.8 --lora line.safetensors
     """
     import numpy as np
 
@@ -83,17 +95,27 @@ def edit(
     start = time.perf_counter()
     target = Path(out) if out is not None else Path(f"{Path(photo).stem}-edited.png")
     check_suffix(target)
-    inputs = [Path(photo), *([Path(deltas_file)] if deltas_file is not None else [])]
+    parts = [weighted(text) for text in loras]
+    if parts and deltas_file is not None:
+        raise InputError(
+            "--lora was given beside --deltas",
+            "Expected one of them",
+            f"To add them up, give the delta file as another LoRA: --lora {deltas_file}",
+        )
+    inputs = [Path(photo), *(Path(file) for file in (deltas_file, *(file for file, _ in parts)) if file)]
     check_output(target, *inputs)
     if save_deltas is not None:
-        if deltas_file is not None:
+        if deltas_file is not None or parts:
             raise InputError(
-                "--save-deltas was given beside --deltas",
+                f"--save-deltas was given beside --{'lora' if parts else 'deltas'}",
                 "Expected one of them",
                 "The deltas are in a file already",
             )
         check_output(Path(save_deltas), target, *inputs)
     deltas: Deltas | None = Deltas.load(deltas_file) if deltas_file is not None else None
+    reports: list[dict[str, Any]] = []
+    if parts:
+        deltas, reports = _from_loras(bundle, parts)
     with (
         Editor.load(
             bundle,
@@ -130,6 +152,7 @@ def edit(
                 "seed": seed,
                 "backend": used,
                 "deltas": save_deltas,
+                "loras": reports,
                 "seconds": {
                     "total": seconds,
                     "load": timings.load,
@@ -139,6 +162,20 @@ def edit(
             }
         )
         return
+    for report in reports:
+        click.echo(lora_line(report))
     count = len(timings.steps)
     pace = f"{plural(count, 'evaluation')} of {time_text(sum(timings.steps) / max(count, 1))}"
     click.echo(f"{target}: {width}x{height}, {pace}, {time_text(seconds)} in all, on {used}")
+
+
+def _from_loras(bundle: str, parts: Sequence[tuple[str, float]]) -> tuple[Deltas, list[dict[str, Any]]]:
+    """The bundle's deltas for a sum of LoRA files, and what was found in each."""
+    from hywu_export.deltas.catalogue import Catalogue
+    from hywu_export.deltas.convert import for_bundle, resolve
+    from hywu_runtime import Deltas
+
+    catalogue = Catalogue.from_bundle(bundle)
+    found = [(resolve(file, catalogue), weight) for file, weight in parts]
+    deltas = Deltas(for_bundle(found, bundle))
+    return deltas, [lora_report(lora, weight) for lora, weight in found]

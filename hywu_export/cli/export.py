@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,8 @@ from hywu_export.cli.common import (
     SCALE,
     Command,
     json_option,
+    lora_line,
+    lora_report,
     plural,
     print_json,
     progress_bar,
@@ -41,10 +43,17 @@ _PIXELS = click.IntRange(1, 65536)
     help="Modules that take deltas, where there is no generator; repeat for more.",
 )
 @click.option(
-    "--lora", metavar="DIR", help="A PEFT adapter whose modules and ranks the bundle takes instead."
+    "--lora",
+    "loras",
+    metavar="FILE",
+    multiple=True,
+    help="A LoRA file whose modules and ranks the bundle takes; repeat for more.",
 )
 @click.option(
-    "--max-rank", type=_COUNT, metavar="N", default=16, show_default=True, help="Rank of --targets."
+    "--max-rank",
+    type=_COUNT,
+    metavar="N",
+    help="Rank of --targets, and the least one for --lora.  [default: 16, and the files' own]",
 )
 @click.option(
     "--scheduler",
@@ -86,8 +95,8 @@ _PIXELS = click.IntRange(1, 65536)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, in one step at the end.")
 @json_option
 def export(
-    base: str | None, generator: str | None, out: str, targets: tuple[str, ...], lora: str | None,
-    max_rank: int, schedulers: tuple[str, ...], max_steps: int, steps: int | None,
+    base: str | None, generator: str | None, out: str, targets: tuple[str, ...], loras: tuple[str, ...],
+    max_rank: int | None, schedulers: tuple[str, ...], max_steps: int, steps: int | None,
     guidance: tuple[tuple[str, float], ...], image_guidance: float | None, batch: int, max_size: int | None,
     size: int | None, text_length: int | None, vae_tile: int | None, link_weights: bool, overwrite: bool,
     as_json: bool,
@@ -96,6 +105,7 @@ def export(
 
     \b
     hywu export --base models/editor --generator models/generator --out bundle
+    hywu export --base models/editor --lora style.safetensors --out bundle
     hywu export --base models/editor --targets to_q --targets to_v --max-rank 8 --out bundle
     """
     from hywu_export.bundle.staging import check_target
@@ -112,16 +122,21 @@ def export(
 
     scales = dict(guidance) | ({} if image_guidance is None else {"image": image_guidance})
     options = ExportOptions(
-        targets=targets, lora=None if lora is None else Path(lora), max_rank=max_rank, samplers=schedulers,
+        targets=targets, loras=tuple(map(Path, loras)), max_rank=max_rank, samplers=schedulers,
         max_steps=max_steps, steps=steps, guidance=scales, max_batch=batch, max_size=max_size, size=size,
         text_length=text_length, vae_tile=vae_tile, link_weights=link_weights, overwrite=overwrite,
     )  # fmt: skip
+    found: list[dict[str, Any]] = []
     with progress_bar() as show:
-        manifest = export_bundle(out, base, generator, options, show)
-    _report(Path(out), manifest, time.perf_counter() - start, as_json)
+        manifest = export_bundle(
+            out, base, generator, options, show, lambda lora: found.append(lora_report(lora))
+        )
+    _report(Path(out), manifest, found, time.perf_counter() - start, as_json)
 
 
-def _report(out: Path, manifest: Manifest, seconds: float, as_json: bool) -> None:
+def _report(
+    out: Path, manifest: Manifest, loras: list[dict[str, Any]], seconds: float, as_json: bool
+) -> None:
     size = sum(file.size for file in manifest.files.values())
     links = {(t.source, t.file, t.offset): t.length for ts in manifest.linked.values() for t in ts.values()}
     linked, made = sum(links.values()), len(manifest.results.deltas)
@@ -134,6 +149,7 @@ def _report(out: Path, manifest: Manifest, seconds: float, as_json: bool) -> Non
                 "targets": len(spec.targets) if spec is not None else 0,
                 "rank": spec.rank if spec is not None else None,
                 "generated": made,
+                "loras": loras,
                 "schedulers": list(schedules.samplers) if schedules is not None else [],
                 "bytes": size,
                 "linked_bytes": linked,
@@ -146,6 +162,7 @@ def _report(out: Path, manifest: Manifest, seconds: float, as_json: bool) -> Non
         ("bundle", out),
         ("graphs", ", ".join(manifest.graphs)),
         ("deltas", f"{deltas}; {made} tensors generated" if made else f"{deltas}; none generated"),
+        *(("lora", lora_line(lora)) for lora in loras),
         ("schedulers", ", ".join(schedules.samplers) if schedules is not None else "none"),
         ("size", size_text(size) + (f", and {size_text(linked)} linked" if linked else "")),
         ("time", time_text(seconds)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -153,7 +153,7 @@ class DeltaSpec:
             CheckpointError: names do not map one to one, or a module is missing or has other dimensions.
             UnsupportedError: the generator makes expert weights, or a module takes no deltas.
         """
-        from hywu_export.deltas.modules import find, mismatch
+        from hywu_export.deltas.modules import find
 
         paths = generator_paths(config, targets)
         chosen = []
@@ -202,26 +202,50 @@ class DeltaSpec:
 
     @classmethod
     def from_peft(cls, path: str | Path, module: nn.Module) -> DeltaSpec:
-        """The modules of ``module`` that the LoRA adapter at ``path`` changes, each with the adapter's rank.
+        """The modules of ``module`` that the LoRA at ``path`` changes, each with its rank, in order.
 
         Raises:
             CheckpointError: the adapter is damaged or was not made for ``module``.
-            UnsupportedError, DeltaError: as for `hywu_export.deltas.peft_to_deltas`.
+            UnsupportedError, DeltaError: as for `hywu_export.deltas.lorafile.read_lora`.
         """
-        from hywu_export.deltas.convert import read_adapter
-        from hywu_export.deltas.modules import dimensions, find, mismatch
+        from hywu_export.deltas.catalogue import Catalogue
+        from hywu_export.deltas.lorafile import read_lora
 
-        targets = {}
-        for name, pair in read_adapter(path).items():
-            made_for = pair.target(name)
-            target = find(module, name, made_for.rank)
-            if target != made_for:
-                raise mismatch(target, f"the adapter's delta is for {dimensions(made_for)}")
-            targets[name] = target
-        return cls(
+        catalogue = Catalogue.from_modules({"denoiser": module}, "denoiser")
+        return catalogue.spec([catalogue.resolve(read_lora(path))])
+
+    def part(self, component: str) -> DeltaSpec:
+        """The targets in ``component``, another one than the denoiser, under their paths there."""
+        prefix = f"{component}."
+        return DeltaSpec(
             tuple(
-                targets[name] for name, _ in module.named_modules(remove_duplicate=False) if name in targets
+                replace(target, module=target.module.removeprefix(prefix))
+                for target in self.targets
+                if target.module.startswith(prefix)
             )
+        )
+
+    def union(self, other: DeltaSpec) -> DeltaSpec:
+        """The targets of both, each with its larger rank.
+
+        Raises:
+            DeltaError: a module has other dimensions in ``other``.
+        """
+        targets = {target.module: target for target in self.targets}
+        for target in other.targets:
+            mine = targets.setdefault(target.module, target)
+            if replace(mine, rank=target.rank) != target:
+                raise DeltaError(
+                    f"Module {target.module!r} is both {dimensions(mine)} and {dimensions(target)}",
+                    "Expected one base model",
+                )
+            targets[target.module] = replace(mine, rank=max(mine.rank, target.rank))
+        return DeltaSpec(tuple(targets.values()))
+
+    def without(self, *components: str) -> DeltaSpec:
+        """The targets that are in none of ``components``: the denoiser's, if these are all others."""
+        return DeltaSpec(
+            tuple(t for t in self.targets if not t.module.startswith(tuple(f"{c}." for c in components)))
         )
 
     @classmethod
@@ -305,6 +329,22 @@ def _generator_sizes(config: GeneratorTargets) -> dict[str, _Sizes]:
         plain[entry] = sizes
     layers = range(config.num_base_model_layers)
     return {f"{config.prefix}{layer}.{entry}": sizes for layer in layers for entry, sizes in plain.items()}
+
+
+def mismatch(actual: DeltaTarget, wanted: str) -> CheckpointError:
+    """The error for a module of the base that has other dimensions than ``wanted`` says."""
+    return CheckpointError(
+        f"Module {actual.module!r} of the base model is {dimensions(actual)}, but {wanted}",
+        "Expected equal dimensions",
+        "Check that the deltas were made for this base model",
+    )
+
+
+def dimensions(target: DeltaTarget) -> str:
+    size = f"{target.in_features} -> {target.out_features}"
+    if target.kind == "conv":
+        return f"a {target.kernel[0]}x{target.kernel[1]} convolution {size}"
+    return f"a linear layer {size}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -81,6 +81,7 @@ BAD = {
     "targets beside a generator": ("--targets", "to_q"),
     "lora beside a generator": ("--lora", "nothing"),
     "default steps beyond the most": ("--max-steps", "5", "--steps", "6"),
+    "tiles of one latent": ("--vae-tile", "2", "--max-size", "64"),
     "one photo": ("--batch", "1"),
     "base missing": ("--base", "nothing"),
     "generator missing": ("--generator", "nothing"),
@@ -103,7 +104,8 @@ def test_bad_options_of_a_base_alone(pair: Any, tmp_path: Path, options: tuple[s
 
 
 @pytest.mark.parametrize(
-    "options", [("--targets", "to_q"), ("--steps", 3), ("--guidance", 3), ("--scheduler", "ddim")]
+    "options",
+    [("--targets", "to_q"), ("--steps", 3), ("--guidance", 3), ("--scheduler", "ddim"), ("--vae-tile", 64)],
 )
 def test_options_that_need_a_base(pair: Any, tmp_path: Path, options: tuple[str, object]) -> None:
     refused("export", "--generator", pair.generator, "--out", tmp_path / "bundle", *options)

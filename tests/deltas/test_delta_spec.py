@@ -65,9 +65,7 @@ def test_a_module_is_a_target_once() -> None:
 
 
 def test_the_specification_needs_no_torch() -> None:
-    code = (
-        "import sys; from hywu_export.deltas import DeltaSpec, peft_to_deltas; print('torch' in sys.modules)"
-    )
+    code = "import sys; from hywu_export.deltas import DeltaSpec, load_lora; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

@@ -142,6 +142,7 @@ class Case:
             but for tiles: each is traced once for each size of its tiles.
         load: further arguments of ``from_pretrained``.
         denoiser: the component whose targets have no prefix.
+        scale: of random deltas, so that they change the picture.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Case:
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     load: Mapping[str, Any] = field(default_factory=dict)
     denoiser: str = "unet"
+    scale: float = 0.3
 
 
 class Parity:
@@ -282,9 +284,9 @@ class Parity:
         finally:
             pipe.scheduler = own
 
-    def deltas(self, seed: int = 0, scale: float = 0.3, rank: int | None = None) -> Deltas:
+    def deltas(self, seed: int = 0, scale: float | None = None, rank: int | None = None) -> Deltas:
         """Random ones that change the picture."""
-        return random_deltas(self.manifest.deltas, seed, scale, rank)
+        return random_deltas(self.manifest.deltas, seed, scale or self.case.scale, rank)
 
     def adapted(self, *adapters: tuple[Mapping[str, np.ndarray], float]) -> Any:
         """The pipeline with deltas of D = 1 put into it by PEFT, each with its strength."""
@@ -346,7 +348,7 @@ class Parity:
         for ours, theirs in zip(got, self.edit(request, deltas)):
             np.testing.assert_array_equal(ours, theirs)
 
-    def check_lint(self) -> None:
+    def check_lint(self, bundle: str = "own") -> None:
         """The lint has nothing against any graph."""
         import onnx_ir as ir
 
@@ -359,19 +361,20 @@ class Parity:
                 [TensorSpec(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in side]
                 for side in (entry.inputs, entry.outputs)
             )
-            assert lint(ir.load(self.bundle / entry.file), axes, inputs, outputs) == [], name
+            assert lint(ir.load(self.bundles / bundle / entry.file), axes, inputs, outputs) == [], name
 
-    def check_tensorrt_rtx(self, compute_capability: str = "8.9") -> None:
-        """TensorRT-RTX parses every graph and compiles it. Needs ``tensorrt_rtx``, but no GPU."""
+    def check_tensorrt_rtx(self, bundle: str = "own", graphs: Sequence[str] = ()) -> None:
+        """TensorRT-RTX parses and compiles graphs, all if none is named. It needs no GPU for that."""
         from hywu_export.engines.shapes import ShapeOptions, engine_shapes, profile
         from hywu_export.engines.tensorrt import Settings, TensorRT
 
-        settings = Settings(compute_capabilities=(compute_capability,))
+        settings = Settings(compute_capabilities=("8.9",))
         shapes = engine_shapes(self.manifest, list(self.manifest.graphs), ShapeOptions())
-        for name, entry in self.manifest.graphs.items():
+        for name in graphs or self.manifest.graphs:
+            entry = self.manifest.graphs[name]
             with open(os.devnull, "w") as log:
                 compiler = TensorRT("tensorrt-rtx", log)
-                network = compiler.parse(self.bundle / entry.file)
+                network = compiler.parse(self.bundles / bundle / entry.file)
                 plan = compiler.compile(network, profile(self.manifest, entry.inputs, shapes), settings)
                 assert len(plan) > 0, name
 
@@ -392,11 +395,11 @@ def _traced_once() -> Iterator[None]:
 
     import hywu_export.tracing as tracing
 
-    traced: dict[tuple[str, int | None], Any] = {}
+    traced: dict[Any, Any] = {}
     trace = tracing.trace
 
     def remembered(spec: Any, axes: Any) -> Any:
-        key = spec.name, spec.tile
+        key = spec.name, spec.tile, tuple(value.name for value in spec.inputs)
         if key not in traced:
             traced[key] = trace(spec, axes)
         return traced[key]
@@ -424,6 +427,8 @@ def add_adapter(
 
     for component, part in by_component(denoiser, deltas).items():
         module = getattr(pipe, component)
+        if not hasattr(module, "text_model"):  # a level of CLIP in deltas, in modules by the version
+            part = {key.removeprefix("text_model."): array for key, array in part.items()}
         paths = [key.removesuffix(".lora_A") for key in part if key.endswith(".lora_A")]
         ranks = {part[f"{path}.lora_A"].shape[1] for path in paths}
         assert len(ranks) == 1, "targets of one rank are asked for"
