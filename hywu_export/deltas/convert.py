@@ -226,8 +226,9 @@ _TEXT_HALVES = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer
 def save_lora(deltas: Deltas, path: str | Path, bundle: str | Path, sample: int | None = None) -> None:
     """Writes deltas as a LoRA file that diffusers' ``load_lora_weights`` takes, with the same effect.
 
-    Names are diffusers' own (``unet.….lora_A.weight``, ``text_encoder.….lora_linear_layer.down.weight``). All modules get one rank, the largest, filled up with
-    zeros: then alpha is that rank in every reader, and the scale 1.
+    Names are diffusers' own (``unet.….lora_A.weight``, ``text_encoder.….lora_linear_layer.down.weight``).
+    All modules get one rank, the largest, filled up with zeros: then alpha is that rank in every reader, and
+    the scale 1.
 
     Args:
         deltas: of ``bundle``, for one sample, or with ``sample`` for a batch.
