@@ -231,7 +231,7 @@ PLUS = Case(
     call,
     ExportOptions(
         max_rank=4, max_steps=4, max_batch=2, size=64, max_size=512, text_length=64, images=2,
-        targets=("to_q", "add_k_proj", "img_mlp.net.2"),
+        targets=("to_q", "add_k_proj", "img_mlp.net.2", "img_mod.1", "txt_mod.1"),
     ),
     denoiser="transformer",
 )  # fmt: skip
