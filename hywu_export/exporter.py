@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -9,16 +10,26 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hywu_export.bundle.sources import read_json_object
 from hywu_runtime.errors import CheckpointError, InputError, UnsupportedError
-from hywu_runtime.manifest import Guidance, Licence, Manifest, Results, Sampler, Schedules, Tokenizer
+from hywu_runtime.manifest import (
+    Guidance,
+    Licence,
+    Manifest,
+    Results,
+    Sampler,
+    Schedules,
+    Strength,
+    Tokenizer,
+)
 
 if TYPE_CHECKING:
     from hywu_export.bundle.writer import BundleWriter
     from hywu_export.deltas import DeltaSpec
     from hywu_export.deltas.catalogue import Resolved
-    from hywu_export.families.base import Family, Limits, Plan
+    from hywu_export.families.base import Family, Limits, Plan, TextEncoding
     from hywu_export.families.generator import GeneratorPart
     from hywu_export.schedules import ScheduleTable
     from hywu_export.tracing import GraphSpec, TracedGraph
@@ -47,7 +58,9 @@ class ExportOptions:
         max_batch, max_size, size: limits, and the side in pixels of the default working area.
         text_length: tokens of a prompt, where the pipeline leaves them open (its max_sequence_length).
         vae_tile: side in pixels of the VAE's tiles, if pictures may be larger.
+        images: how many pictures each request has, for a pipeline that takes several.
         link_weights: leave the weights in the checkpoints.
+        stages: into how many graphs, one after another, the large ones are cut; see `hywu_export.stages`.
         overwrite: replace an existing bundle.
     """
 
@@ -63,7 +76,9 @@ class ExportOptions:
     size: int | None = None
     text_length: int | None = None
     vae_tile: int | None = None
+    images: int = 1
     link_weights: bool = False
+    stages: int = 1
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +91,8 @@ class ExportOptions:
             "size",
             "text_length",
             "vae_tile",
+            "stages",
+            "images",
         )
         for name in positive:
             value = getattr(self, name)
@@ -127,7 +144,8 @@ def export(
     with BundleWriter(out, overwrite=options.overwrite, validate=Manifest.from_dict) as writer:
         for done, graph in enumerate(job.plan.graphs):
             tell(f"tracing {graph.name}", done, total)
-            job.add_graph(writer, graph)
+            job.trace(graph)
+        job.add_graphs(writer)
         tell("schedules and tokenizer", total - 2, total)
         sections = job.sections(writer)
         tell("weights", total - 1, total)
@@ -143,6 +161,7 @@ class _Job:
         from hywu_export.families import open_base
         from hywu_export.families.base import Limits
         from hywu_export.families.generator import GeneratorPart
+        from hywu_export.stages import Cutter
 
         self.options = options
         self.folders = {"base": base, "generator": generator}
@@ -161,15 +180,19 @@ class _Job:
             columns = next(iter(self.tables.values())).coefficients.shape[1]
             base_prompt = None if self.generator is None else self.generator.defaults.base_prompt
         area = None if options.size is None else options.size**2
-        limits = Limits(options.max_batch, options.max_size, area, options.text_length, options.vae_tile)
+        limits = Limits(
+            options.max_batch, options.max_size, area, options.text_length, options.vae_tile, options.images
+        )
         self._planning = (self.family, self.generator, self.spec, limits, base_prompt, columns)
         self.plan = make_plan(*self._planning)
         _check_tiles(self.plan, options.vae_tile)
+        self.cutter = Cutter(options.stages, self.plan.axes)
+        self.traced: list[TracedGraph] = []
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
+        self._check_start()
         self.tokenizers = {
-            name: (encoding, *_open_tokenizer(encoding.folder))
-            for name, encoding in self.plan.tokenizers.items()
+            name: (encoding, *_open_tokenizer(encoding)) for name, encoding in self.plan.tokenizers.items()
         }
 
     def _delta_spec(self, family: Family) -> DeltaSpec:
@@ -192,12 +215,28 @@ class _Job:
             spec = spec.union(_matching(family, family.default_targets, rank))
         return spec
 
-    def add_graph(self, writer: BundleWriter, graph: Any) -> None:
+    def trace(self, graph: GraphSpec) -> None:
+        """Traces a graph, and checks it."""
         from hywu_export.passes import check
 
         traced = self._traced(graph.name)
         check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
-        writer.add_graph(traced)
+        self.traced.append(traced)
+
+    def add_graphs(self, writer: BundleWriter) -> None:
+        """Gives the writer the traced graphs, or the stages of what is large."""
+        from hywu_export.passes import check
+        from hywu_export.stages import graphs_to_cut
+
+        large = graphs_to_cut(self.traced, self.options.stages)
+        for traced in self.traced:
+            if traced.name not in large:
+                writer.add_graph(traced)
+                continue
+            for stage in self.cutter.cut(traced):
+                axes = {**self.plan.axes, **self.cutter.axes}
+                check(stage.model, axes, stage.inputs, stage.outputs, stage.name)
+                writer.add_graph(stage)
 
     def _traced(self, name: str) -> TracedGraph:
         """A graph of the plan, without the deltas that no output of it depends on.
@@ -223,7 +262,7 @@ class _Job:
 
         plan, options = self.plan, self.options
         licences = [
-            _add_source(writer, source, folder)
+            add_source(writer, source, folder)
             for source, folder in self.folders.items()
             if folder is not None
         ]
@@ -237,9 +276,9 @@ class _Job:
                 writer.add_weights(name, index, source="generator", link=options.link_weights)
         sections: dict[str, object] = {
             "family": None if self.family is None else self.family.pipeline_class,
-            "axes": {name: axis.to_dict() for name, axis in plan.axes.items()},
+            "axes": {name: axis.to_dict() for name, axis in {**plan.axes, **self.cutter.axes}.items()},
             "tensors": encode(plan.tensors),
-            "program": encode(plan.program),
+            "program": encode(self.cutter.program(plan.program)),
             "results": encode(Results(plan.result, self._delta_results())),
             "state": encode(plan.state),
             "guidance": encode(self.guidance),
@@ -295,16 +334,33 @@ class _Job:
         trained = None if self.generator is None else self.generator.defaults.steps
         return asked or min(max(trained or self.plan.steps or DEFAULT_STEPS, low), high)
 
+    def _check_start(self) -> None:
+        """Whether the default sampler can do what the pipeline does by default: start midway."""
+        strength = self.plan.strength
+        if strength is None or strength == 1 or next(iter(self.tables.values())).order is not None:
+            return
+        raise InputError(
+            f"The sampler {next(iter(self.tables))} cannot start midway, as a strength of {strength} asks",
+            "Its steps build on earlier ones",
+            "Name it after one that can: the first is the default",
+        )
+
     def _add_tokenizers(self, writer: BundleWriter) -> dict[str, Tokenizer]:
         texts = [tensor for tensor in self.plan.tensors.values() if tensor.source == "text"]
         lengths = {text.tokenizer: text.shape[1] for text in texts}
         entries: dict[str, Tokenizer] = {}
         for name, (encoding, file, pad_id) in self.tokenizers.items():
-            path = f"tokenizer/{encoding.folder.name}.json"
+            path = f"tokenizer/{encoding.name or encoding.folder.name}.json"
             if all(entry.file != path for entry in entries.values()):
                 writer.add_file(path, file)
             entries[name] = Tokenizer(
-                path, int(lengths[name]), pad_id, encoding.pad_side, template=encoding.template
+                path,
+                int(lengths[name]),
+                pad_id,
+                encoding.pad_side,
+                truncate=encoding.truncate,
+                template=encoding.template,
+                lowercase=encoding.lowercase,
             )
         return entries
 
@@ -315,10 +371,11 @@ class _Job:
             write_schedules(Path(folder) / SCHEDULE_FILE, self.tables)
             writer.add_file(SCHEDULE_FILE, Path(folder) / SCHEDULE_FILE)
         samplers = {
-            name: Sampler(table.class_name, table.step_range(), table.stochastic)
+            name: Sampler(table.class_name, table.step_range(), table.stochastic, table.order)
             for name, table in self.tables.items()
         }
-        return Schedules(SCHEDULE_FILE, next(iter(self.tables)), self.default_steps, samplers)
+        strength = None if self.plan.strength is None else Strength(self.plan.strength)
+        return Schedules(SCHEDULE_FILE, next(iter(self.tables)), self.default_steps, samplers, strength)
 
 
 def make_plan(
@@ -407,7 +464,8 @@ def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTabl
     tables: dict[str, ScheduleTable] = {}
     for sampler in options.samplers or (own,):
         if isinstance(family, OwnSchedule):
-            table = family.schedule(sampler, options.max_steps)
+            name = sampler if isinstance(sampler, str) else sampler.__name__
+            table = family.schedule(name, options.max_steps)
         else:
             table = trace_scheduler(make_scheduler(sampler, config), options.max_steps)
         tables[table.name] = table
@@ -418,10 +476,16 @@ def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTabl
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
-def _open_tokenizer(folder: Path) -> tuple[bytes, int]:
+def _open_tokenizer(encoding: TextEncoding) -> tuple[bytes, int]:
     """A tokenizer as a file of the ``tokenizers`` library, and the id that it pads with."""
     from transformers import AutoTokenizer
 
+    folder = encoding.folder
+    if encoding.pad_id is not None:
+        data = read_json_object(folder / "tokenizer.json") | {"truncation": None, "padding": None}
+        if not encoding.special_tokens:
+            data["post_processor"] = None
+        return json.dumps(data, ensure_ascii=False).encode(), encoding.pad_id
     # Without these, transformers makes a tokenizer that knows no words.
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise CheckpointError(
@@ -447,7 +511,7 @@ def _open_tokenizer(folder: Path) -> tuple[bytes, int]:
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "license.txt", "NOTICE")
 
 
-def _add_source(writer: BundleWriter, source: str, folder: Path) -> Licence:
+def add_source(writer: BundleWriter, source: str, folder: Path) -> Licence:
     """Declare a source and carry its licence: the name from the model card, the text from its file."""
     licence = None
     card = folder / "README.md"

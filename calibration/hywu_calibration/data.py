@@ -45,7 +45,7 @@ class CalibrationData:
         manifest = bundle.manifest
         if manifest.results.image is None:
             raise UnsupportedError(
-                "This bundle makes no images: it holds a generator of deltas alone",
+                "This bundle makes no images: it holds no image editor",
                 "Calibration edits photographs, and compares pictures",
                 "Calibrate a bundle that was exported with --base",
             )

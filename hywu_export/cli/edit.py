@@ -34,9 +34,22 @@ if TYPE_CHECKING:
 @click.argument("photo")
 @click.argument("prompt")
 @click.option(
+    "--photo",
+    "more",
+    metavar="FILE",
+    multiple=True,
+    help="Another photo, for a bundle that takes several; repeat for more. The last gives the size.",
+)
+@click.option(
     "--out", metavar="FILE", help="The picture, PNG, JPEG or WebP.  [default: PHOTO's name with -edited.png]"
 )
 @click.option("--steps", type=int, metavar="N", help="Steps of the scheduler.  [default: the bundle's]")
+@click.option(
+    "--strength",
+    type=float,
+    metavar="X",
+    help="Part of the steps to run, from the photo on.  [default: the bundle's]",
+)
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the noise.")
 @click.option(
     "--delta-strength",
@@ -75,11 +88,12 @@ if TYPE_CHECKING:
 @source_option
 @json_option
 def edit(
-    bundle: str, photo: str, prompt: str, out: str | None, steps: int | None, seed: int,
-    delta_strength: float, guidance: tuple[tuple[str, float], ...], image_guidance: float | None,
-    negative_prompt: str, size: str | None, scheduler: str | None, deltas_file: str | None,
-    loras: tuple[str, ...], save_deltas: str | None, backend: str, variant: str | None, engine: str | None,
-    threads: int | None, low_memory: bool, sources: dict[str, str], as_json: bool,
+    bundle: str, photo: str, prompt: str, more: tuple[str, ...], out: str | None, steps: int | None,
+    strength: float | None, seed: int, delta_strength: float, guidance: tuple[tuple[str, float], ...],
+    image_guidance: float | None, negative_prompt: str, size: str | None, scheduler: str | None,
+    deltas_file: str | None, loras: tuple[str, ...], save_deltas: str | None, backend: str,
+    variant: str | None, engine: str | None, threads: int | None, low_memory: bool,
+    sources: dict[str, str], as_json: bool,
 ) -> None:  # fmt: skip
     """Edit PHOTO as PROMPT says.
 
@@ -102,7 +116,11 @@ def edit(
             "Expected one of them",
             f"To add them up, give the delta file as another LoRA: --lora {deltas_file}",
         )
-    inputs = [Path(photo), *(Path(file) for file in (deltas_file, *(file for file, _ in parts)) if file)]
+    photos = [photo, *more]
+    inputs = [
+        *map(Path, photos),
+        *(Path(file) for file in (deltas_file, *(file for file, _ in parts)) if file),
+    ]
     check_output(target, *inputs)
     if save_deltas is not None:
         if deltas_file is not None or parts:
@@ -129,11 +147,11 @@ def edit(
         progress_bar() as show,
     ):
         if save_deltas is not None:
-            deltas = editor.generate(photo, prompt, size=size)
+            deltas = editor.generate(photos, prompt, size=size)
         picture = editor.edit(
-            photo, prompt, negative_prompt=negative_prompt, steps=steps, seed=seed, guidance=dict(guidance),
-            image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas, sampler=scheduler,
-            size=size, output="array",
+            photos, prompt, negative_prompt=negative_prompt, steps=steps, strength=strength, seed=seed,
+            guidance=dict(guidance), image_guidance=image_guidance, delta_strength=delta_strength,
+            deltas=deltas, sampler=scheduler, size=size, output="array",
             progress=lambda done, total: show(f"step {done} of {total}", done, total),
         )  # fmt: skip
         assert isinstance(picture, np.ndarray)  # as `output` asks

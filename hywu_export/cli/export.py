@@ -91,15 +91,31 @@ _PIXELS = click.IntRange(1, 65536)
     metavar="PIXELS",
     help="Let the VAE work in tiles of this side, for large pictures in little memory.",
 )
+@click.option(
+    "--images",
+    type=_COUNT,
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Photos of a request, for a pipeline that takes several.",
+)
 @click.option("--link-weights", is_flag=True, help="Leave the weights in the checkpoints.")
+@click.option(
+    "--stages",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Cut the large graphs into N, for as many devices.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, in one step at the end.")
 @json_option
 def export(
     base: str | None, generator: str | None, out: str, targets: tuple[str, ...], loras: tuple[str, ...],
     max_rank: int | None, schedulers: tuple[str, ...], max_steps: int, steps: int | None,
     guidance: tuple[tuple[str, float], ...], image_guidance: float | None, batch: int, max_size: int | None,
-    size: int | None, text_length: int | None, vae_tile: int | None, link_weights: bool, overwrite: bool,
-    as_json: bool,
+    size: int | None, text_length: int | None, vae_tile: int | None, images: int, link_weights: bool,
+    stages: int, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a bundle from a base pipeline, a generator, or both.
 
@@ -124,7 +140,8 @@ def export(
     options = ExportOptions(
         targets=targets, loras=tuple(map(Path, loras)), max_rank=max_rank, samplers=schedulers,
         max_steps=max_steps, steps=steps, guidance=scales, max_batch=batch, max_size=max_size, size=size,
-        text_length=text_length, vae_tile=vae_tile, link_weights=link_weights, overwrite=overwrite,
+        text_length=text_length, vae_tile=vae_tile, images=images, link_weights=link_weights, stages=stages,
+        overwrite=overwrite,
     )  # fmt: skip
     found: list[dict[str, Any]] = []
     with progress_bar() as show:

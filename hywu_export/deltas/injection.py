@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hywu_export.deltas.experts import ExpertLinear
 from hywu_export.deltas.modules import resolve
 from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, nearest
 from hywu_runtime.errors import DeltaError
@@ -147,7 +148,7 @@ class _Branch(ABC):
         batch = x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
         low = self._down(batch, a.to(x.dtype))
         if gate is not None:
-            low = low * gate.to(x.dtype).reshape(-1, 1, 1)
+            low = low * gate.to(x.dtype).reshape(-1, *[1] * (low.ndim - 2))
         return output + self._up(low, b.to(x.dtype)).reshape(output.shape)
 
     def _check_batch(self, batch: int, active: _Active) -> None:
@@ -169,11 +170,11 @@ class _Branch(ABC):
 
     @abstractmethod
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
-        """A applied to ``x`` [rows, B, ...], of rank r and with two axes after the batch."""
+        """A applied to ``x`` [rows, B, ...]: the rank is one of the axes after the batch."""
 
     @abstractmethod
     def _up(self, low: Tensor, b: Tensor) -> Tensor:
-        """``b`` [D, out, r] applied to what `_down` gave."""
+        """``b`` [D, out, r], for experts [D, E, out, r], applied to what `_down` gave."""
 
 
 class _LinearBranch(_Branch):
@@ -232,6 +233,16 @@ class _ConvBranch(_Branch):
         return F.pad(x, self._pads, mode=self._pad_mode) if any(self._pads) else x
 
 
+class _ExpertsBranch(_Branch):
+    """``[rows, B, E or 1, n, in]``: every expert has its own A and B, as it has its own weight."""
+
+    def _down(self, x: Tensor, a: Tensor) -> Tensor:
+        return x @ a.transpose(2, 3)
+
+    def _up(self, low: Tensor, b: Tensor) -> Tensor:
+        return low @ b.transpose(2, 3)
+
+
 def _pads(module: nn.Conv2d) -> list[int]:
     """Left, right, top and bottom padding; for "same" torch puts the odd pixel at the end."""
     pads: list[int] = []
@@ -245,4 +256,6 @@ def _pads(module: nn.Conv2d) -> list[int]:
 
 
 def _branch(target: DeltaTarget, module: nn.Module) -> _Branch:
-    return _ConvBranch(target, module) if isinstance(module, nn.Conv2d) else _LinearBranch(target, module)
+    if isinstance(module, nn.Conv2d):
+        return _ConvBranch(target, module)
+    return (_ExpertsBranch if isinstance(module, ExpertLinear) else _LinearBranch)(target, module)

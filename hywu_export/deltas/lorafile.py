@@ -200,6 +200,7 @@ def _pickled(path: Path) -> UnsupportedError:
 class _Module:
     """The tensors of one name: role (``down``, ``up``, ``mid``, ``alpha``) → key and place."""
 
+    key: str
     component: str | None
     name: str
     flat: bool
@@ -219,8 +220,9 @@ def _read_file(weights: Path, config_file: Path | None) -> LoraFile:
         match = _parse(key, location, weights)
         if match is None:
             continue
-        adapters.add(match["adapter"])
-        if match["peft"] and len(adapters - {None}) + (None in adapters) > 1:
+        if match["peft"]:
+            adapters.add(match["adapter"])
+        if len(adapters) > 1:
             raise UnsupportedError(
                 f"{weights} holds more than one adapter", "One adapter per file", "Save it alone"
             )
@@ -228,7 +230,7 @@ def _read_file(weights: Path, config_file: Path | None) -> LoraFile:
         if name not in modules:
             component, rest, flat, writer = _split(name)
             writers.append("diffusers before PEFT" if match["old"] and writer == "diffusers" else writer)
-            modules[name] = _Module(component, rest, flat)
+            modules[name] = _Module(name, component, rest, flat)
         role = _HALVES.get(match["peft"], match["kohya"] or match["old"] or match["alpha"])
         modules[name].tensors[role] = key, location
     if not modules:
@@ -370,12 +372,10 @@ def _read(key: str, location: TensorLocation) -> FloatArray:
 
 def _pair(module: _Module, scales: _Scales, weights: Path) -> LoraPair:
     halves = {role: _read(*place) for role, place in module.tensors.items() if role != "alpha"}
-    names = {
-        role: key.rpartition(".weight")[0].rpartition(".")[2] for role, (key, _) in module.tensors.items()
-    }
+    keys = {role: key.removeprefix(module.key) for role, (key, _) in module.tensors.items()}
     if not {"down", "up"} <= halves.keys():
-        found = "/".join(names[role] for role in halves) or "alpha"
-        raise CheckpointError(f"{weights}: the module {module.name!r} has only {found}", "Expected A and B")
+        found = ", ".join(keys.values())
+        raise CheckpointError(f"{weights}: the module {module.key!r} has only {found}", "Expected A and B")
     a, b = halves["down"], halves["up"]
     if "mid" in halves:
         a = _with_middle(module, a, halves["mid"], weights)
@@ -383,14 +383,14 @@ def _pair(module: _Module, scales: _Scales, weights: Path) -> LoraPair:
         b = b[:, :, 0, 0]
     if a.ndim not in (2, 4) or b.ndim != 2 or len(a) != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise CheckpointError(
-            f"{weights}: the module {module.name!r} has {names['down']} {list(a.shape)} and {names['up']} "
+            f"{weights}: the module {module.key!r} has {keys['down']} {list(a.shape)} and {keys['up']} "
             f"{list(halves['up'].shape)}",
             "Expected [r, in] and [out, r], or [r, in, kh, kw] and [out, r, 1, 1]",
         )
     with np.errstate(over="ignore"):
         b = (b * scales(module, len(a))).astype(np.float32)
     if not np.isfinite(b).all():
-        raise DeltaError(f"{weights}: {names['up']} of module {module.name!r} is not finite after scaling")
+        raise DeltaError(f"{weights}: {keys['up']} of module {module.key!r} is not finite after scaling")
     return LoraPair(a, b)
 
 
@@ -400,7 +400,7 @@ def _with_middle(module: _Module, down: FloatArray, mid: FloatArray, weights: Pa
         down = down[:, :, 0, 0]
     if down.ndim != 2 or mid.ndim != 4 or mid.shape[1] != len(down):
         raise CheckpointError(
-            f"{weights}: the module {module.name!r} has lora_down {list(down.shape)} and lora_mid "
+            f"{weights}: the module {module.key!r} has lora_down {list(down.shape)} and lora_mid "
             f"{list(mid.shape)}",
             "Expected [s, in, 1, 1] and [r, s, kh, kw]",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from hywu_export.deltas.experts import ExpertLinear
 from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, dimensions, mismatch, nearest
 from hywu_runtime.errors import CheckpointError, UnsupportedError
 
@@ -13,7 +14,7 @@ def refusal(module: nn.Module) -> str | None:
     """Why ``module`` cannot take deltas, as the rest of a sentence, or None if it can."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "belongs to a MultiheadAttention, which uses its weight but never calls it"
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, ExpertLinear)):
         return None
     if isinstance(module, nn.Conv2d):
         return None if module.groups == 1 else f"is a convolution with {module.groups} groups"
@@ -32,9 +33,13 @@ def target_of(path: str, module: nn.Module, rank: int) -> DeltaTarget:
         return DeltaTarget(path, "conv", module.in_channels, module.out_channels, rank, (kh, kw))
     if reason is None and isinstance(module, nn.Linear):
         return DeltaTarget(path, "linear", module.in_features, module.out_features, rank)
+    if reason is None and isinstance(module, ExpertLinear):
+        return DeltaTarget(
+            path, "experts", module.in_features, module.out_features, rank, experts=module.experts
+        )
     raise UnsupportedError(
         f"Module {path!r} {reason}",
-        "Deltas act on Linear, and on Conv2d without groups",
+        "Deltas act on Linear, on Conv2d without groups, and on ExpertLinear",
         "Leave it out of the targets",
     )
 

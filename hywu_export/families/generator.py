@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hywu_export.bundle.sources import SafetensorsIndex, read_json_object
 from hywu_export.deltas.spec import DeltaSpec, generator_paths
-from hywu_export.families.base import ConditionSource, Plan
+from hywu_export.families.base import ComputedCondition, ConditionSource, Plan
 from hywu_export.generator import GeneratorConfig, ParameterGenerator, load_condition_encoder
 from hywu_export.generator.checkpoint import check_checkpoint
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
@@ -90,6 +90,18 @@ class Generate(nn.Module):
         return tuple(made[name].reshape(-1, *shape) for name, shape in self.shapes.items())
 
 
+class GenerateFromParts(Generate):
+    """As `Generate`, from parts that ``join`` makes one condition of."""
+
+    def __init__(self, generator: ParameterGenerator, shapes: Mapping[str, tuple[int, ...]], join: nn.Module):
+        super().__init__(generator, shapes)
+        self.join = join
+
+    def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        made = self.generator.deltas(*self.join(*parts))
+        return tuple(made[name].reshape(-1, *shape) for name, shape in self.shapes.items())
+
+
 class Condition(nn.Module):
     """What the base computed, to the generator's condition."""
 
@@ -139,15 +151,31 @@ class GeneratorPart:
             return module
         return ParameterGenerator.from_pretrained(self.folder).fold_condition_independent(FOLD_BYTES)
 
-    def plan(self, spec: DeltaSpec | None, source: ConditionSource | None) -> Plan:
+    def plan(self, spec: DeltaSpec | None, source: ConditionSource | ComputedCondition | None) -> Plan:
         """Graphs and calls that make the deltas of ``spec``; without a base, under the generator's own names.
 
-        With a condition encoder and a ``source``, the condition is computed; otherwise it is an input.
+        With a condition encoder and a ``source``, or a base that computes it, the condition is computed;
+        otherwise it is an input.
         """
         made = self._outputs(spec)
         encoder = self.condition_encoder
         plan = Plan()
-        if encoder is not None and source is not None:
+        shapes = {key: shape for key, (_, shape) in made.items()}
+        outputs = [TensorSpec(name, "float32", ("batch", *shape)) for name, shape in made.values()]
+        if isinstance(source, ComputedCondition) and encoder is None:
+            width = source.inputs[0].shape[-1]
+            if width != self.config.input_dim:
+                raise CheckpointError(
+                    f"The base's condition has {width} channels",
+                    f"The generator's config.json says input_dim = {self.config.input_dim}",
+                    "Use a generator that was trained for this base",
+                )
+            plan.add(source.part)
+            module = GenerateFromParts(self._module, shapes, source.join)
+            plan.graphs.append(GraphSpec("generator", module, source.inputs, outputs))
+            plan.program.append(Call("generator", "request"))
+            return plan
+        if encoder is not None and isinstance(source, ConditionSource):
             condition = self._computed_condition(encoder, source)
             plan.graphs.append(
                 GraphSpec("condition", Condition(encoder), [source.text, source.latents], [condition])
@@ -165,9 +193,9 @@ class GeneratorPart:
         plan.graphs.append(
             GraphSpec(
                 "generator",
-                Generate(self._module, {key: shape for key, (_, shape) in made.items()}),
+                Generate(self._module, shapes),
                 [condition],
-                [TensorSpec(name, "float32", ("batch", *shape)) for name, shape in made.values()],
+                outputs,
             )
         )
         plan.program.append(Call("generator", "request"))

@@ -16,7 +16,7 @@ class Scheduler(Protocol):
     config: Any
     timesteps: Any
 
-    def set_timesteps(self, num_inference_steps: int) -> None: ...
+    def set_timesteps(self, num_inference_steps: int, **options: Any) -> None: ...
 
     def step(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -44,6 +44,7 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lms": ("LMSDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {}),
     "sa_solver": ("SASolverScheduler", {}),
+    "scm": ("SCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
@@ -124,6 +125,17 @@ def make_scheduler(
         ) from error
     (check or check_supported)(scheduler)
     return scheduler
+
+
+def set_steps(scheduler: Scheduler, steps: int) -> Any:
+    """Sets a step count as pipelines set it; the timestep of every evaluation, a tensor ``[R]``."""
+    if type(scheduler).__name__ == "SCMScheduler":
+        # SANA-Sprint's pipelines: 1.3 is the middle of two steps, and 0, where the last ends, is none.
+        options: dict[str, Any] = {"intermediate_timesteps": 1.3 if steps == 2 else None}
+        scheduler.set_timesteps(steps, **options)
+        return scheduler.timesteps[:-1]
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps
 
 
 def check_supported(scheduler: Scheduler) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from hywu_export.verify.measures import LEVEL, TILED, TORCH, Check, TensorCheck
 from hywu_export.verify.pictures import edit_side, edit_steps
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.errors import UnsupportedError
-from hywu_runtime.manifest import Manifest
+from hywu_runtime.manifest import Graph, Manifest
 
 if TYPE_CHECKING:
     from hywu_export.bundle.weights import WeightSource
@@ -46,6 +47,7 @@ class Original:
             policy.default_area if policy is not None else None,
             text_length(manifest),
             _tile(bundle),
+            photo_count(manifest),
         )
         rows = [t.shape[0] for t in manifest.tensors.values() if t.column == "coefficients"]
         width = rows[0] if rows and isinstance(rows[0], int) else 0
@@ -76,6 +78,11 @@ def base_prompt(manifest: Manifest) -> str | None:
     return next((text for text in texts if text is not None), None)
 
 
+def photo_count(manifest: Manifest) -> int:
+    """How many photos a request has."""
+    return 1 + max((t.index or 0 for t in manifest.tensors.values() if t.source == "image"), default=0)
+
+
 def text_length(manifest: Manifest) -> int | None:
     """Tokens of a prompt, where the pipeline leaves them open."""
     from hywu_export.families.base import LONG_TEXT
@@ -92,8 +99,8 @@ def check_graph(bundle: Bundle, graph: GraphSpec, original: Original) -> Check:
     from hywu_export.tracing.loading import with_weights
     from hywu_runtime.backends.onnxruntime import OnnxRuntime
 
-    declared = bundle.manifest.graphs.get(graph.name)
-    if declared is None:
+    parts = _parts(bundle.manifest, graph.name)
+    if not parts:
         raise UnsupportedError(
             f"The bundle has no graph {graph.name!r}",
             "Expected the graphs that this version makes of these checkpoints",
@@ -103,22 +110,47 @@ def check_graph(bundle: Bundle, graph: GraphSpec, original: Original) -> Check:
         tensor.name: TensorCheck(tensor.name, LEVEL if tensor.dtype == "uint8" else TORCH)
         for tensor in graph.outputs
     }
-    wrong = _signature_difference(graph, declared)
+    wrong = _signature_difference(graph, _whole(parts.values()))
     if wrong:
         failed = (replace(check, failure="shape", detail=wrong) for check in checks.values())
         return Check(PART, graph.name, tuple(failed))
-    file = bundle.graph_file(graph.name)
-    session = OnnxRuntime("ort-cpu", 0, None).load(bundle.file(file), bundle.initializers(file))
+    backend = OnnxRuntime("ort-cpu", 0, None)
+    sessions = {
+        part: backend.load(bundle.file(declared.file), bundle.initializers(declared.file))
+        for part, declared in parts.items()
+    }
     inputs = RandomInputs(bundle, graph)
     with quiet(), with_weights(graph.module, original.weights), torch.no_grad():
         for sizes in sizes_to_try(graph, original.plan.axes):
             arrays = inputs.draw(sizes)
             made = graph.module(*(torch.from_numpy(arrays[tensor.name]) for tensor in graph.inputs))
-            got = session.run(arrays)
+            got = dict(arrays)
+            for part, session in sessions.items():
+                got |= session.run({value.name: got[value.name] for value in parts[part].inputs})
             for tensor, expected in zip(graph.outputs, made):
                 name = tensor.name
                 checks[name] = checks[name].seen(got[name], expected.numpy(), sizes)
     return Check(PART, graph.name, tuple(checks.values()))
+
+
+def _parts(manifest: Manifest, name: str) -> dict[str, Graph]:
+    """A graph, or the stages that it was cut into, in order."""
+    if name in manifest.graphs:
+        return {name: manifest.graphs[name]}
+    stages = {part: graph for part, graph in manifest.graphs.items() if graph.stage_of == name}
+    return dict(sorted(stages.items(), key=lambda item: item[1].stage))
+
+
+def _whole(parts: Collection[Graph]) -> Graph:
+    """The signature of parts as one graph: without what they give to each other."""
+    made = {value.name for part in parts for value in part.outputs}
+    inputs = {value.name: value for part in parts for value in part.inputs}
+    crossing = made & inputs.keys()
+    return Graph(
+        "",
+        tuple(value for name, value in inputs.items() if name not in made),
+        tuple(value for part in parts for value in part.outputs if value.name not in crossing),
+    )
 
 
 def _signature_difference(graph: GraphSpec, declared: Any) -> str:
@@ -146,6 +178,7 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
     from hywu_export.passes.quiet import quiet
     from hywu_runtime.backends import create_backend
     from hywu_runtime.editor import Editor
+    from hywu_runtime.images import working_size
     from hywu_runtime.program import resolve_shape
     from hywu_runtime.schedule import Schedule
 
@@ -158,11 +191,14 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
     evaluations = len(rows.rows(section.default, steps))
     side = edit_side(policy)
     random = np.random.default_rng(SEED)
-    photo = (
-        random.integers(0, 256, (-(-side // 4), -(-side // 4), 3), np.uint8)
+    sizes = [(side, side)]  # the last photo's; the others are worked on at their own choice of a size
+    sizes = [working_size(side, side, policy)] * (photo_count(manifest) - 1) + sizes
+    photos = [
+        random.integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
         .repeat(4, 0)
-        .repeat(4, 1)[:side, :side]
-    )
+        .repeat(4, 1)[:height, :width]
+        for width, height in sizes
+    ]
     axes = {"batch": 1}
     for name, axis in manifest.axes.items():
         axes[name] = side // (axis.divide or 1) if axis.of is not None else axes.get(name, side)
@@ -177,13 +213,22 @@ def check_edit(bundle: Bundle, family: Family) -> Check:
     with quiet():
         expected = family.reference_edit(
             ReferenceEdit(
-                photo, prompt, section.default, steps, latents, SEED, guidance, text_length(manifest)
+                photos[0],
+                prompt,
+                section.default,
+                steps,
+                latents,
+                SEED,
+                guidance,
+                strength=None if section.strength is None else section.strength.default,
+                text_length=text_length(manifest),
+                more_photos=tuple(photos[1:]),
             )
         )
     with Editor(bundle, create_backend("ort-cpu")) as editor:
         got = editor.edit(
-            photo, PROMPTS[0], steps=steps, guidance=guidance, delta_strength=0, latents=latents, noise=noise,
-            size=(side, side), output="array",
+            photos, PROMPTS[0], steps=steps, guidance=guidance, delta_strength=0, latents=latents,
+            noise=noise, size=(side, side), output="array",
         )  # fmt: skip
     assert isinstance(got, np.ndarray)  # as `output` asks
     tolerance = LEVEL if _tile(bundle) is None else TILED

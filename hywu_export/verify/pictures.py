@@ -33,7 +33,8 @@ class Wish:
 
     def edit(self, editor: Editor) -> npt.NDArray[np.uint8]:
         """The pictures, uint8 ``[batch, H, W, 3]``."""
-        requests = [(photo, self.prompt) for photo in self.photos]
+        several = editor.limits().photos
+        requests = [(photo if several == 1 else [photo] * several, self.prompt) for photo in self.photos]
         pictures = editor.edit_batch(requests, **self.options, output="array")
         return np.stack([np.asarray(picture, np.uint8) for picture in pictures])
 
@@ -116,8 +117,8 @@ def _inputs(manifest: Manifest, axes: Mapping[str, int], side: int) -> dict[str,
         if isinstance(dimension, int):
             return dimension
         axis = manifest.axes[dimension]
-        if axis.of is not None:
-            return size(axis.of) // (axis.divide or 1)
+        if axis.derived:
+            return axis.size({root: size(root) for term in axis.terms for root in term.of}) or 1
         return axes.get(
             dimension, min(max(axis.min or 1, side // axis.multiple * axis.multiple), axis.max or 1)
         )

@@ -123,6 +123,15 @@ public:
         }
         return value;
     }
+    // A number above 0 and at most 1.
+    std::optional<double> part(const std::string& name) const {
+        const std::optional<double> value = number(name);
+        if (value && !(*value > 0 && *value <= 1)) {
+            throw bad_argument(name + " is \"" + *text(name) + "\"",
+                               "Expected a number above 0 and at most 1", "Correct it");
+        }
+        return value;
+    }
     // X, the scale called text, or NAME=X, repeated.
     std::map<std::string, std::vector<double>> scales(const std::string& name) const {
         std::map<std::string, std::vector<double>> result;

@@ -28,6 +28,7 @@ const std::vector<Option> options = {
     {"--prompt", "TEXT", "The instruction.  [default: \"make it sepia\"]"},
     {"--batch", "N", "Samples of one edit, each with its own deltas.  [default: 1]"},
     {"--steps", "N", "Steps of the scheduler.  [default: the bundle's]"},
+    {"--strength", "X", "Part of the steps to run, from the photo on.  [default: the bundle's]"},
     {"--scheduler", "NAME", "One of the bundle's schedulers.  [default: its first]"},
     {"--guidance", "[NAME=]X", "Guidance by the prompt, or the scale of that name; repeat for more.", true},
     {"--image-guidance", "X", "Guidance by the photo.  [default: the bundle's]"},
@@ -121,6 +122,7 @@ int bench(int count, char** values) {
 
     hywu::EditOptions request;
     request.steps = static_cast<std::int32_t>(arguments.integer("--steps", 1, 1 << 30).value_or(0));
+    request.strength = arguments.part("--strength").value_or(0);
     request.sampler = arguments.text("--scheduler").value_or("");
     request.guidance = arguments.scales("--guidance");
     if (const auto x = arguments.number("--image-guidance")) request.guidance["image"] = {*x};
@@ -174,7 +176,10 @@ int bench(int count, char** values) {
         const double whole = edit_once();
         const hywu::Timings timings = editor.timings();
         for (const auto& [graph, seconds] : timings.graphs) add(graph, seconds);
-        for (const double seconds : timings.steps) add("step", seconds);
+        for (std::size_t k = 0; k < timings.steps.size(); ++k) {
+            add("step", timings.steps[k]);
+            if (timings.steps.size() > 1) add(k == 0 ? "first_step" : "steady_step", timings.steps[k]);
+        }
         add("edit", whole);
         bar.show(static_cast<std::int32_t>(run + 1), static_cast<std::int32_t>(runs));
     }
@@ -186,7 +191,7 @@ int bench(int count, char** values) {
         for (std::size_t run = 0; run < runs; ++run) {
             const auto begin = Clock::now();
             (void)editor.generate(hywu::Pixels(view), samples[0].prompt, request);
-            add("generate", seconds_since(begin));
+            add("generate_call", seconds_since(begin));
         }
     }
 
@@ -208,6 +213,9 @@ int bench(int count, char** values) {
     result["cold"] = {{"open", opened}, {"first_edit", first}, {"load", cold.load}};
     result["warm_up"] = {{"edits", warm.size() + 1}, {"stable", stable(warm)}};
     result["runs"] = runs;
+    const std::vector<double>& whole = times["edit"];
+    result["edits_per_second"] =
+        static_cast<double>(runs * batch) / std::accumulate(whole.begin(), whole.end(), 0.0);
     Json stages = Json::object();
     for (const std::string& stage : order) stages[stage] = summary(times[stage]);
     result["stages"] = stages;

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli_basics import COMMAND, environment
 
+from hywu_export.deltas.catalogue import Catalogue
 from hywu_runtime import Deltas, Editor, Manifest
 
 
@@ -68,6 +69,10 @@ def test_pair_with_linked_weights(pair: Any, linked_bundle: Path, tmp_path: Path
     assert "--source" in refused(*edit)
     run(*edit, "--source", f"base={pair.base}", "--source", f"generator={pair.generator}")
     assert answer("verify", out, "--base", pair.base, "--generator", pair.generator)["ok"]
+    # LoRA files are understood from the links: by the names of modules whose weights are elsewhere.
+    catalogue = Catalogue.from_bundle(out)
+    assert catalogue.denoiser == "unet"
+    assert catalogue.components["unet"].keys() >= {"conv_in", "down_blocks.0.attentions.0.proj_in"}
 
 
 def arguments(pair: Any, folder: Path, *more: object) -> tuple[object, ...]:

@@ -301,7 +301,7 @@ def test_foreign_tensors_are_named(tmp_path: Path, key: str, message: str) -> No
     ("tensors", "error", "message"),
     [
         ({}, CheckpointError, "holds no LoRA"),
-        ({"m.lora_A.weight": torch.ones(1, 2)}, CheckpointError, "'m' has only lora_A"),
+        ({"m.lora_A.weight": torch.ones(1, 2)}, CheckpointError, r"'m' has only \.lora_A\.weight"),
         (
             {"m.lora_A.weight": torch.ones(1, 2), "m.lora_B.weight": torch.ones(2, 2)},
             CheckpointError,
@@ -369,7 +369,7 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
         peft_to_deltas(path, None, net)
     del net.blocks[1]
     net.conv = Net().conv
-    with pytest.raises(CheckpointError, match=r"no module 'blocks\.1\..*'blocks\.0\."):
+    with pytest.raises(CheckpointError, match=r"no module '\S*blocks\.1\..*'\S*blocks\.0\."):
         DeltaSpec.from_peft(path, net)
 
 

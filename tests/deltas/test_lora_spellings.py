@@ -377,8 +377,7 @@ def test_qwen(spelled: str, tmp_path: Path) -> None:
             a, b = factors(layer, RANK, i)
             tensors[f"{prefix}{path}.lora_A.{adapter}weight"] = a
             tensors[f"{prefix}{path}.lora_B.{adapter}weight"] = b
-            if spelled == "dotted":
-                tensors[f"{prefix}{path}.alpha"] = torch.tensor(2.0)
+            tensors[f"{prefix}{path}.alpha"] = torch.tensor(2.0)
     found = resolved(saved(tmp_path, tensors), model)
     assert set(found.pairs) == set(modules)
     state = QwenImageLoraLoaderMixin.lora_state_dict(dict(tensors))

@@ -250,7 +250,8 @@ class Parity:
         noise = None
         if section.samplers[request.sampler].stochastic:
             schedule = Schedule(editor.bundle.file(section.file), section)
-            evaluations = len(schedule.rows(request.sampler, request.steps))
+            part = request.options.get("strength")
+            evaluations = len(schedule.rows(request.sampler, request.steps, part))
             noise = draws(evaluations, self._noise_shape(request), request.noise_seed)
         made: list[Any] = editor.edit_batch(
             list(zip(request.photos, request.prompts)),

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from cli_tools import answer, refused
+from parity import draws, largest, photos
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from PIL import Image
-from pix2pix_reference import Reference, draws, largest, photos
+from pix2pix_reference import Reference
 from safetensors.torch import load_file, save_file
 
 from hywu_export.deltas import load_lora

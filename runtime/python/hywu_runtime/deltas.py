@@ -100,7 +100,7 @@ class Deltas(Mapping[str, Array]):
             raise DeltaError(
                 f"{path} is not marked as a delta file of version 1",
                 "Expected the metadata `hywu.deltas` = `1`",
-                "Give a LoRA file as --lora, or convert it with `hywu deltas convert`",
+                "Convert a LoRA file with `hywu deltas convert`",
             )
         return cls({name: _to_array(name, entry) for name, entry in sorted(entries, key=lambda e: e[0])})
 
