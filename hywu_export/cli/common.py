@@ -75,7 +75,9 @@ class _Scale(click.ParamType):  # type: ignore[type-arg]  # not generic in every
         try:
             return (name if equals else "text"), float(number)
         except ValueError:
-            self.fail(f"{value!r} is neither a number nor NAME=NUMBER", param, ctx)
+            raise InputError(
+                f"The guidance {value!r} is no scale", "Expected a number, or NAME=NUMBER", "Correct it"
+            ) from None
 
 
 SCALE = _Scale()

@@ -219,11 +219,16 @@ def peft_to_deltas(
     return fit(pairs, spec)
 
 
+# Of text encoders diffusers reads PEFT's halves only if attention is among the targets, these always.
+_TEXT_HALVES = {"lora_A": "lora_linear_layer.down", "lora_B": "lora_linear_layer.up"}
+
+
 def save_lora(deltas: Deltas, path: str | Path, bundle: str | Path, sample: int | None = None) -> None:
     """Writes deltas as a LoRA file that diffusers' ``load_lora_weights`` takes, with the same effect.
 
-    Names are diffusers' own (``unet.….lora_A.weight``). All modules get one rank, the largest, filled up with
-    zeros: then alpha is that rank in every reader, and the scale 1.
+    Names are diffusers' own (``unet.….lora_A.weight``, ``text_encoder.….lora_linear_layer.down.weight``).
+    All modules get one rank, the largest, filled up with zeros: then alpha is that rank in every reader, and
+    the scale 1.
 
     Args:
         deltas: of ``bundle``, for one sample, or with ``sample`` for a batch.
@@ -257,6 +262,8 @@ def save_lora(deltas: Deltas, path: str | Path, bundle: str | Path, sample: int 
         matrix = np.pad(tensor[0], widths)
         if half == "lora_B" and deltas[f"{module}.lora_A"].ndim == 5:
             matrix = matrix[:, :, None, None]  # as a convolution has it
+        if component.startswith("text_encoder"):
+            half = _TEXT_HALVES[half]
         tensors[f"{component}.{path_there}.{half}.weight"] = np.ascontiguousarray(matrix)
     data = save(tensors, metadata={"format": "pt"})
     write_atomically(path, lambda stream: stream.write(data))

@@ -111,6 +111,10 @@ class Pix2Pix(ABC):
             "in_channels", 2 * self._channels, f"twice the VAE's {self._channels} latent channels"
         )
         self._check_unet("out_channels", self._channels, f"the VAE's {self._channels} latent channels")
+        self._tokenizer_configs = {
+            tokenizer: read_config(folder / tokenizer / "tokenizer_config.json")
+            for _, tokenizer in self.tokenizers.values()
+        }
 
     @abstractmethod
     def _parts(self) -> Mapping[str, Callable[[dict[str, Any]], nn.Module]]:
@@ -197,7 +201,7 @@ class Pix2Pix(ABC):
 
     def _length(self, text_encoder: str, tokenizer: str) -> int:
         """Tokens of a prompt: the pipeline pads to the tokenizer's limit, usually that of the model."""
-        limit = read_config(self.folder / tokenizer / "tokenizer_config.json").get("model_max_length")
+        limit = self._tokenizer_configs[tokenizer].get("model_max_length")
         config: Any = self._components[text_encoder].module.config
         positions = int(config.max_position_embeddings)
         return min(limit, positions) if isinstance(limit, int) and limit > 0 else positions

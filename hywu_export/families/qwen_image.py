@@ -273,8 +273,8 @@ class JointAttention:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         made = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         made = made.transpose(1, 2).flatten(2)
-        text_made, image_made = torch.split(made, [text.shape[1], image.shape[1]], 1)
-        return attn.to_out[0](image_made), attn.to_add_out(text_made)
+        length = text.shape[1]  # not split(): ONNX has none for so many free sizes
+        return attn.to_out[0](made[:, length:]), attn.to_add_out(made[:, :length])
 
 
 def _pack(latents: Tensor) -> Tensor:

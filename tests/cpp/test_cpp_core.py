@@ -531,7 +531,7 @@ def same_choice(probe: Probe, path: Path, target: Target = TARGET, **question: A
             return engines.covering(root, manifest, keys, question["axes"], question["graphs"], target)
         policies = [engines.narrowed(manifest, manifest.engines[key]) for key in keys]
         sizes = [dataclasses.asdict(policy) if policy is not None else None for policy in policies]
-        return {"keys": list(keys), "sizes": sizes}
+        return {"keys": list(keys), "sizes": json.loads(json.dumps(sizes))}  # tuples become lists
 
     expected = python(ask)
     asked = {"path": str(path), "root": str(root), "target": dataclasses.asdict(target), **question}

@@ -457,6 +457,10 @@ def save_lora(denoiser: str, deltas: Mapping[str, np.ndarray], folder: Path) -> 
         for name, array in part.items():
             value = np.ascontiguousarray(array[0])
             kernel = part[f"{name.removesuffix('.lora_B')}.lora_A"].ndim - 3 if name.endswith("B") else 0
+            if component.startswith("text_encoder"):  # PEFT's names need attention among the targets
+                name = name.replace("lora_A", "lora_linear_layer.down").replace(
+                    "lora_B", "lora_linear_layer.up"
+                )
             tensors[f"{component}.{name}.weight"] = value.reshape(value.shape + (1,) * max(kernel, 0))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "pytorch_lora_weights.safetensors", {"format": "pt"})

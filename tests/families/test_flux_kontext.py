@@ -288,9 +288,8 @@ def test_a_model_that_is_not_distilled(tmp_path: Path, true_cfg: float) -> None:
     with torch.no_grad():
         told, said = pipe.encode_prompt("a cat", None, max_sequence_length=TEXT_LENGTH)[:2]
         negative = pipe.encode_prompt("ugly", None, max_sequence_length=TEXT_LENGTH)[:2]
-        source = (
-            pipe._encode_vae_image(pipe.image_processor.preprocess(photo[None] / np.float32(255)), None),
-        )
+        pixels = pipe.image_processor.preprocess(photo[None] / np.float32(255))
+        source = pipe._encode_vae_image(pixels, None)
         expected = pipe(
             Image.fromarray(photo), "a cat", negative_prompt="ugly", true_cfg_scale=true_cfg,
             latents=pack(noise), num_inference_steps=1, max_sequence_length=TEXT_LENGTH, **options,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -249,3 +250,14 @@ def test_expert_layer(mode: str) -> None:
         for sample in (0, 1):
             injection.set({name: tensor[sample : sample + 1] for name, tensor in own.items()})
             close(together[sample : sample + 1], layer(x[sample : sample + 1]), 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.rtx
+def test_tensorrt_rtx_takes_every_graph(golden_bundle: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from hywu_export.engines.tensorrt import TensorRT
+
+    for path in sorted(golden_bundle.glob("*.onnx")):
+        with open(os.devnull, "w") as log:
+            TensorRT("tensorrt-rtx", log).parse(path)  # raises what it does not take

@@ -130,7 +130,7 @@ def test_verify(made: Made) -> None:
     from cli_tools import answer
 
     report = answer("verify", made.bundle, "--base", made.base, "--generator", made.generator)
-    assert report["passed"], report
+    assert report["ok"], report
 
 
 def test_text_that_is_too_long(editor: Editor) -> None:

@@ -300,6 +300,8 @@ def _operator_model(operator: str) -> bytes:
         constants, attributes, names, types = {"n": np.array([1, 2])}, {"axis": 1}, ["a", "b"], [floats] * 2
     elif operator == "Squeeze":
         inputs, constants = [("x", floats, ["batch", 1, 8])], {"a": np.array([1])}
+    elif operator == "TopK":
+        constants, names, types = {"k": np.array([2])}, ["values", "indices"], [floats, ints]
     elif operator == "Unsqueeze":
         constants = {"a": np.array([1])}
     extra = {"zero": np.int64(0), "one": np.int64(1)} if operator == "Range" else {}

@@ -166,7 +166,7 @@ def ratio_token(tokens: Tokens, base_size: int, height: int, width: int) -> Tens
     """The ``<img_ratio>`` of a picture, int64 ``[1]``: the bucket with the nearest height / width."""
     known = torch.tensor([h / w for h, w in buckets(base_size)], dtype=torch.float32)
     distance = (known - _size(height) / _size(width)).abs()
-    chosen = torch.argmax(-distance, dim=0, keepdim=True)
+    chosen = torch.argmax(-distance.unsqueeze(0), dim=1)  # TensorRT asks for two axes
     return lookup(tokens.ratios, chosen)
 
 

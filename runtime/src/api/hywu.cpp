@@ -777,8 +777,9 @@ hywu_status hywu_images_get(const hywu_images* images, size_t index, hywu_pixels
 void hywu_images_free(hywu_images* images) { delete images; }
 
 hywu_status hywu_generate_params_init(hywu_generate_params* params, size_t struct_size) {
-    return guard(
-        [&] { api::write_struct(params, struct_size, generate_defaults(), generate_sizes, "hywu_generate_params"); });
+    return guard([&] {
+        api::write_struct(params, struct_size, generate_defaults(), generate_sizes, "hywu_generate_params");
+    });
 }
 
 hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* given, hywu_deltas** deltas) {

@@ -567,8 +567,8 @@ bool is_guided(const std::vector<Guidance>& guidance,
         if (!scale.decides()) continue;
         const std::vector<double> values =
             scales == nullptr ? std::vector<double>{scale.default_scale} : scales->at(scale.name);
-        const bool holds = std::any_of(values.begin(), values.end(),
-                                       [&](double value) { return scale.satisfied(value); });
+        const bool holds =
+            std::any_of(values.begin(), values.end(), [&](double value) { return scale.satisfied(value); });
         if (!holds) return false;
         conditions = true;
     }

@@ -5,7 +5,6 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <tuple>
 
 #include "core/error.hpp"
 
@@ -213,12 +212,13 @@ std::vector<Size> resized_sizes(const std::vector<core::Resize>& steps, int widt
             made = sides(up, 1.0, std::sqrt(wanted(step.min_area) / area));
         }
         if (std::int64_t{made.first} * made.second > max_pixels) {
-            throw core::Error(core::ErrorKind::input,
-                              "A photo of " + std::to_string(width) + "x" + std::to_string(height) +
-                                  " pixels would be brought to " + std::to_string(made.first) + "x" +
-                                  std::to_string(made.second),
-                              "Expected at most " + std::to_string(max_pixels) + " pixels",
-                              "Give a photo of another shape; if it is an ordinary one, the bundle is damaged");
+            throw core::Error(
+                core::ErrorKind::input,
+                "A photo of " + std::to_string(width) + "x" + std::to_string(height) +
+                    " pixels would be brought to " + std::to_string(made.first) + "x" +
+                    std::to_string(made.second),
+                "Expected at most " + std::to_string(max_pixels) + " pixels",
+                "Give a photo of another shape; if it is an ordinary one, the bundle is damaged");
         }
         sizes.push_back(made);
         std::tie(width, height) = made;
@@ -240,7 +240,8 @@ std::vector<std::uint8_t> resize(const std::uint8_t* rgb, int width, int height,
         return resize_rows(resize_columns(rgb, width, height, new_height, filter).data(), width, new_height,
                            new_width, filter);
     }
-    return resize_columns(resize_rows(rgb, width, height, new_width, filter).data(), new_width, height, new_height, filter);
+    return resize_columns(resize_rows(rgb, width, height, new_width, filter).data(), new_width, height,
+                          new_height, filter);
 }
 
 std::vector<std::uint8_t> composite_on_white(const std::uint8_t* rgba, std::size_t count) {

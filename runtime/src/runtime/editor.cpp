@@ -471,7 +471,7 @@ void Editor::warm_up() {
     EditOptions options;
     options.count = static_cast<std::size_t>(limits_.batch_min);
     options.photos.assign(options.count * limits_.photos, {gray.as<unsigned char>(), size.width, size.height,
-                                          static_cast<std::size_t>(3 * size.width)});
+                                                           static_cast<std::size_t>(3 * size.width)});
     if (manifest_.image) options.size = size;
     options.strengths = {plan.absent.empty() ? 1.0 : 0.0};
     if (schedule_ && !limits_.steps[0].second.empty()) options.steps = limits_.steps[0].second[0];
@@ -575,8 +575,10 @@ Editor::Samples Editor::samples(std::size_t count, const std::vector<Photo>& pho
             if (photo.data == nullptr) continue;  // missing; this is noticed if the bundle needs it
             std::vector<Array>& made = result.pictures.at(name);
             if (!tensor->resize.empty()) {
-                if (!tensor->origin) working_size(photo.width, photo.height, {}, {});  // that there are pixels
-                const Array start = tensor->origin ? result.pictures.at(*tensor->origin).back() : whole(photo);
+                if (!tensor->origin)
+                    working_size(photo.width, photo.height, {}, {});  // that there are pixels
+                const Array start =
+                    tensor->origin ? result.pictures.at(*tensor->origin).back() : whole(photo);
                 auto& sizes = fitted[name];
                 if (sizes.empty()) {
                     sizes = images::resized_sizes(tensor->resize, static_cast<int>(start.shape()[1]),

@@ -39,7 +39,8 @@ struct Size {
 // is said.
 struct EditOptions {
     std::size_t count = 1;
-    std::vector<Photo> photos;  // for each sample, as many as Limits::photos, or none where nothing needs them
+    std::vector<Photo>
+        photos;  // for each sample, as many as Limits::photos, or none where nothing needs them
     std::vector<std::string> prompts, negative_prompts;  // for each sample; none: empty texts
     std::uint64_t seed = 0;                              // gives each sample noise of its own
     std::vector<std::uint64_t> seeds;  // for each sample: what this seed alone gives; none: `seed`
@@ -146,7 +147,8 @@ private:
                       const std::optional<core::ImagePolicy>& policy) const;
     // The size that the newest engine is tuned for, or a small one.
     Size warm_up_size() const;
-    Samples samples(std::size_t count, const std::vector<Photo>& photos, const std::optional<Size>& size) const;
+    Samples samples(std::size_t count, const std::vector<Photo>& photos,
+                    const std::optional<Size>& size) const;
     // The batch of tensors that the caller gives.
     std::size_t batch_of(const NamedViews& inputs) const;
     std::map<std::string, std::vector<double>> scales(const EditOptions& options) const;

@@ -137,12 +137,8 @@ json dump(const core::Guidance& value) {
             {"at_least", dump(value.at_least)}};
 }
 json dump(const core::ImagePolicy& value) {
-    return {{"tensor", value.tensor},
-            {"multiple", value.multiple},
-            {"min", value.min},
-            {"max", value.max},
-            {"default_area", value.default_area},
-            {"sizes", dump(value.sizes)},
+    return {{"tensor", value.tensor},  {"multiple", value.multiple},         {"min", value.min},
+            {"max", value.max},        {"default_area", value.default_area}, {"sizes", dump(value.sizes)},
             {"enlarge", value.enlarge}};
 }
 json dump(const core::DeltaTarget& value) {
@@ -151,7 +147,8 @@ json dump(const core::DeltaTarget& value) {
             {"in_features", value.in_features},
             {"out_features", value.out_features},
             {"rank", value.rank},
-            {"kernel", value.kernel ? json(*value.kernel) : json()}};
+            {"kernel", value.kernel ? json(*value.kernel) : json()},
+            {"experts", dump(value.experts)}};
 }
 json dump(const core::DeltaSpec& value) {
     return {
