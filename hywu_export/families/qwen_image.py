@@ -178,28 +178,57 @@ def denoise(
         prompt: ``[B, S, C]``, with its mask, bool ``[B, S]``.
         level: noise level ``[B]``, 0…1.
     """
-    hidden, text = model.img_in(latents), model.txt_in(model.txt_norm(prompt))
-    changing = shapes[0][0] * shapes[0][1]
-    index = None
+    image, text = model.img_in(latents), model.txt_in(model.txt_norm(prompt))
+    embedded, still = model.time_text_embed(level, image), None
     if model.config.zero_cond_t:  # pictures are modulated as at the noise level 0
-        level = torch.cat([level, level * 0])
-        index = (torch.arange(hidden.shape[1]) >= torch.full((), changing)).to(torch.int32)
-        index = index.unsqueeze(0).expand(hidden.shape[0], -1)
-    embedded = model.time_text_embed(level, hidden)
+        still = model.time_text_embed(torch.zeros_like(level), image)
+    changing = torch.arange(image.shape[1]) < torch.full((), shapes[0][0] * shapes[0][1])
     rotary = rotary_embedding(model, shapes, prompt.shape[1])
     for block in model.transformer_blocks:
-        text, hidden = block(
-            hidden_states=hidden,
-            encoder_hidden_states=text,
-            encoder_hidden_states_mask=mask,
-            temb=embedded,
-            image_rotary_emb=rotary,
-            modulate_index=index,
-        )
-    if model.config.zero_cond_t:
-        embedded = embedded.reshape(2, -1, embedded.shape[-1]).unbind(0)[0]
-    result: Tensor = model.proj_out(model.norm_out(hidden, embedded))
+        image, text = _block(block, image, text, mask, rotary, embedded, still, changing)
+    result: Tensor = model.proj_out(model.norm_out(image, embedded))
     return result
+
+
+def _block(
+    block: Any,
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor,
+    rotary: tuple[Rotary, Rotary],
+    embedded: Tensor,
+    still: Tensor | None,
+    changing: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One block of diffusers' transformer, whose own forward would freeze the batch with ``still``.
+
+    ``still`` is the embedding in place of ``embedded`` for tokens that are not ``changing``, bool
+    ``[tokens]``. Both are given to the modulation one after the other, so that deltas see one batch.
+    """
+
+    def modulation(layer: Any, time: Tensor) -> list[Tensor]:
+        return [part.unsqueeze(1) for part in layer(time).chunk(6, -1)]
+
+    of_image, of_text = modulation(block.img_mod, embedded), modulation(block.txt_mod, embedded)
+    if still is not None:
+        choice = changing[None, :, None]
+        others = modulation(block.img_mod, still)
+        of_image = [torch.where(choice, one, other) for one, other in zip(of_image, others)]
+
+    def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        result: Tensor = norm(x) * (1 + scale) + shift
+        return result
+
+    made_image, made_text = block.attn(
+        hidden_states=modulated(block.img_norm1, image, *of_image[:2]),
+        encoder_hidden_states=modulated(block.txt_norm1, text, *of_text[:2]),
+        encoder_hidden_states_mask=mask,
+        image_rotary_emb=rotary,
+    )
+    image, text = image + of_image[2] * made_image, text + of_text[2] * made_text
+    image = image + of_image[5] * block.img_mlp(modulated(block.img_norm2, image, *of_image[3:5]))
+    text = text + of_text[5] * block.txt_mlp(modulated(block.txt_norm2, text, *of_text[3:5]))
+    return image, text
 
 
 def rotary_embedding(

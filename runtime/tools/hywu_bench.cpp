@@ -147,8 +147,12 @@ int bench(int count, char** values) {
             }
         }
     }
-    const std::vector<hywu::Sample> samples(batch, {{photo.pixels.data(), photo.width, photo.height},
-                                                    arguments.text("--prompt").value_or("make it sepia")});
+    hywu::Sample sample = {{photo.pixels.data(), photo.width, photo.height},
+                           arguments.text("--prompt").value_or("make it sepia")};
+    // A bundle that takes several photos gets this one several times.
+    const hywu_limits limits = editor.limits();
+    sample.more_photos.assign(std::max<std::size_t>(limits.photo_count, 1) - 1, sample.photo);
+    const std::vector<hywu::Sample> samples(batch, sample);
     const bool generates = editor.limits().generates != 0;
 
     std::int32_t width = 0, height = 0;
@@ -185,12 +189,12 @@ int bench(int count, char** values) {
     }
     bar.clear();
     if (generates) {
-        const hywu_pixels view = samples[0].photo;
-        (void)editor.generate(hywu::Pixels(view), samples[0].prompt,
-                              request);  // another plan: its buffers are made here
+        std::vector<hywu::Pixels> photos = {sample.photo};
+        photos.insert(photos.end(), sample.more_photos.begin(), sample.more_photos.end());
+        (void)editor.generate(photos, sample.prompt, request);  // another plan: its buffers are made here
         for (std::size_t run = 0; run < runs; ++run) {
             const auto begin = Clock::now();
-            (void)editor.generate(hywu::Pixels(view), samples[0].prompt, request);
+            (void)editor.generate(photos, sample.prompt, request);
             add("generate_call", seconds_since(begin));
         }
     }

@@ -59,7 +59,7 @@ def make_base(folder: Path, pipeline: str = "QwenImageEditPipeline", **transform
                 "vocab_size": len(tokenizer) + 4,
                 "hidden_size": 32,
                 "intermediate_size": 48,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": 1,
                 "num_attention_heads": 2,
                 "num_key_value_heads": 1,
                 "max_position_embeddings": 4096,
@@ -101,7 +101,7 @@ def make_base(folder: Path, pipeline: str = "QwenImageEditPipeline", **transform
     }
     denoiser = diffusers.QwenImageTransformer2DModel(**(settings | transformer))
     # The classes' own initial values are so small that prompts and pictures would change nothing.
-    for module, gain in ((text_encoder, 1.0), (denoiser, 1.4), (vae, 1.3)):
+    for module, gain in ((text_encoder, 1.0), (denoiser, 1.6), (vae, 1.3)):
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1 and "gamma" not in name:
                 # Of a kernel over frames, a still picture meets the last slice.

@@ -93,6 +93,7 @@ def test_a_lora_file(parity: Parity, tmp_path: Path) -> None:
     parity.check_lora_file(parity.request(["a cat"], size=(64, 64)), tmp_path)
 
 
+@pytest.mark.slow
 def test_verify(parity: Parity) -> None:
     parity.check_verify()
 
@@ -231,7 +232,7 @@ PLUS = Case(
     call,
     ExportOptions(
         max_rank=4, max_steps=4, max_batch=2, size=64, max_size=512, text_length=64, images=2,
-        targets=("to_q", "add_k_proj", "img_mlp.net.2"),
+        targets=("to_q", "add_k_proj", "img_mlp.net.2", "img_mod.1", "txt_mod.1"),
     ),
     denoiser="transformer",
 )  # fmt: skip
@@ -262,6 +263,7 @@ def pair(
     return PlusRequest(**values)
 
 
+@pytest.mark.slow  # as its bundle is
 def test_two_pictures(plus: Parity) -> None:
     request = pair(plus, "a cat", (96, 32), (64, 96), negative=["ugly"])
     got = plus.check(request)
@@ -270,11 +272,13 @@ def test_two_pictures(plus: Parity) -> None:
     assert largest(got, plus.edit(swapped)) > CHANGED
 
 
+@pytest.mark.slow
 def test_two_pictures_with_deltas(plus: Parity) -> None:
     request = pair(plus, "make it sepia", (64, 64), (64, 64), guidance={"text": 1.0})
     plus.check(request, plus.deltas(scale=0.6))
 
 
+@pytest.mark.slow
 def test_verify_two_pictures(plus: Parity) -> None:
     plus.check_verify()
 

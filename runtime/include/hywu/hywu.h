@@ -330,7 +330,7 @@ typedef struct hywu_edit_params {
     hywu_cancel* cancel; /* may be NULL */
     double strength;     /* where edits start from the photo: the part of the steps to run, above 0 and at */
                          /* most 1, which keeps nothing of the photo; 0: the bundle's default */
-    size_t photo_count;  /* photos of each sample; 1 by default. The size of the last is that of the picture */
+    size_t photo_count; /* photos of each sample; 1 by default. The size of the last is that of the picture */
 } hywu_edit_params;
 HYWU_API hywu_status hywu_edit_params_init(hywu_edit_params* params, size_t struct_size);
 

@@ -507,9 +507,9 @@ class Editor:
             photos: list[Any] = list(request) if isinstance(request, (list, tuple)) else [request]
             if len(photos) != self._photos:
                 raise InputError(
-                    f"A request has {len(photos)} photos",
+                    f"The request has {len(photos)} photo{'s' if len(photos) != 1 else ''}",
                     f"This bundle takes {self._photos} for each",
-                    "Give so many, as a list, or export with another number of --images",
+                    "Give so many (a list; `hywu edit --photo` adds one), or export with other --images",
                 )
             whole: dict[int, Pixels] = {}  # photos at their own size, where a tensor starts from them
             for name in order:

@@ -251,7 +251,7 @@ void check_photo_count(const runtime::Editor& editor, std::size_t count) {
     if (count == wanted) return;
     throw input_error("`photo_count` is " + std::to_string(count),
                       "This bundle takes " + std::to_string(wanted) + " for each sample",
-                      "Give so many, or export with another number of --images");
+                      "Give so many (hywu-edit --photo adds one), or export with other --images");
 }
 
 // `names` is what the caller knows the editor by.

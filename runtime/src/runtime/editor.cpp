@@ -564,7 +564,7 @@ Editor::Samples Editor::samples(std::size_t count, const std::vector<Photo>& pho
         throw Error(ErrorKind::input, "There are " + std::to_string(photos.size()) + " photos",
                     "This bundle takes " + std::to_string(limits_.photos) + " for each of " +
                         std::to_string(count) + " samples",
-                    "Give so many, or export with another number of --images");
+                    "Give so many, or export with other --images");
     }
     const auto own = this->policy(static_cast<std::int64_t>(count));
     std::map<std::string, std::vector<images::Size>> fitted;  // the first sample's sizes, for all
