@@ -141,10 +141,8 @@ class _Job:
         self.plan = make_plan(self.family, self.generator, self.spec, limits, base_prompt, columns)
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
-        self.tokenizers = {
-            name: (encoding, *_open_tokenizer(encoding.folder))
-            for name, encoding in self.plan.tokenizers.items()
-        }
+        folders = dict.fromkeys(encoding.folder for encoding in self.plan.tokenizers.values())
+        self.tokenizers = {folder: _open_tokenizer(folder) for folder in folders}
 
     def add_graph(self, writer: BundleWriter, graph: Any) -> None:
         from hywu_export.passes import check
@@ -233,15 +231,20 @@ class _Job:
         return asked or min(max(trained or DEFAULT_STEPS, low), high)
 
     def _add_tokenizers(self, writer: BundleWriter) -> dict[str, Tokenizer]:
+        paths = {folder: f"tokenizer/{folder.name}.json" for folder in self.tokenizers}
+        for folder, (file, _) in self.tokenizers.items():
+            writer.add_file(paths[folder], file)
         texts = [tensor for tensor in self.plan.tensors.values() if tensor.source == "text"]
         lengths = {text.tokenizer: text.shape[1] for text in texts}
-        entries: dict[str, Tokenizer] = {}
-        for name, (encoding, file, pad_id) in self.tokenizers.items():
-            path = f"tokenizer/{encoding.folder.name}.json"
-            if all(entry.file != path for entry in entries.values()):
-                writer.add_file(path, file)
+        entries = {}
+        for name, encoding in self.plan.tokenizers.items():
+            _, pad_id = self.tokenizers[encoding.folder]
             entries[name] = Tokenizer(
-                path, int(lengths[name]), pad_id, encoding.pad_side, template=encoding.template
+                paths[encoding.folder],
+                int(lengths[name]),
+                pad_id,
+                encoding.pad_side,
+                template=encoding.template,
             )
         return entries
 
