@@ -191,9 +191,8 @@ class _Job:
         self.guidance = self._guidance()
         self.default_steps = self._default_steps()
         self._check_start()
-        self.tokenizers = {
-            name: (encoding, *_open_tokenizer(encoding)) for name, encoding in self.plan.tokenizers.items()
-        }
+        encodings = {_tokenizer_path(encoding): encoding for encoding in self.plan.tokenizers.values()}
+        self.tokenizers = {path: _open_tokenizer(encoding) for path, encoding in encodings.items()}
 
     def _delta_spec(self, family: Family) -> DeltaSpec:
         from hywu_export.deltas.catalogue import Catalogue
@@ -346,13 +345,14 @@ class _Job:
         )
 
     def _add_tokenizers(self, writer: BundleWriter) -> dict[str, Tokenizer]:
+        for path, (file, _) in self.tokenizers.items():
+            writer.add_file(path, file)
         texts = [tensor for tensor in self.plan.tensors.values() if tensor.source == "text"]
         lengths = {text.tokenizer: text.shape[1] for text in texts}
-        entries: dict[str, Tokenizer] = {}
-        for name, (encoding, file, pad_id) in self.tokenizers.items():
-            path = f"tokenizer/{encoding.name or encoding.folder.name}.json"
-            if all(entry.file != path for entry in entries.values()):
-                writer.add_file(path, file)
+        entries = {}
+        for name, encoding in self.plan.tokenizers.items():
+            path = _tokenizer_path(encoding)
+            _, pad_id = self.tokenizers[path]
             entries[name] = Tokenizer(
                 path,
                 int(lengths[name]),
@@ -474,6 +474,10 @@ def _schedules(family: Family, options: ExportOptions) -> dict[str, ScheduleTabl
 
 
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
+
+def _tokenizer_path(encoding: TextEncoding) -> str:
+    return f"tokenizer/{encoding.name or encoding.folder.name}.json"
 
 
 def _open_tokenizer(encoding: TextEncoding) -> tuple[bytes, int]:
