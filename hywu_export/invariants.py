@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
+from itertools import combinations
+from math import ceil
+from random import Random
 from typing import TYPE_CHECKING
 
 from hywu_runtime.manifest import Call
@@ -16,15 +20,18 @@ PREFIX = "prepare_"
 """``prepare_<graph>`` makes what ``<graph>`` reads unchanged in every step."""
 
 _PROBES = 3
+_MOST_UNITS = 17
 
 
-def split(traced: TracedGraph, plan: Plan) -> list[TracedGraph]:
+def split(traced: TracedGraph, plan: Plan, merged: bool = False) -> list[TracedGraph]:
     """``traced`` and, before it, the graph that takes over its work of once per request, if there is any.
+
+    Where deltas are ``merged`` into weights, whatever takes a product moves.
 
     ``traced`` loses that work, in place, and ``plan`` gets a call of the new graph at the end of its request
     phase. Graphs that no step calls, or several calls share, stay as they are.
     """
-    from hywu_export.passes.hoisting import hoist
+    from hywu_export.passes.hoisting import ANY_PRODUCT, USEFUL, hoist
     from hywu_export.tracing import TensorSpec, TracedGraph
 
     calls = [call for call in plan.program if call.graph == traced.name]
@@ -33,7 +40,8 @@ def split(traced: TracedGraph, plan: Plan) -> list[TracedGraph]:
     call = calls[0]
     changing = _changing(plan)
     varying = [t.name for t in traced.inputs if call.inputs.get(t.name, t.name) in changing]
-    result = hoist(traced.model, varying, _probes(plan.axes), f"{traced.name}/")
+    limits = ANY_PRODUCT if merged else USEFUL
+    result = hoist(traced.model, varying, _probes(plan.axes), f"{traced.name}/", limits)
     if result is None:
         return [traced]
     model, moved = result
@@ -75,23 +83,45 @@ def _changing(plan: Plan) -> set[str]:
 
 
 def _probes(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
-    """Sizes of all axes which vary independently of each other, the first near the largest."""
-    from hywu_export.tracing.spec import resolve_axis
+    """Sizes of all axes, within their limits, of which no two are in the same ratio in every probe."""
+    roots = {name: axis for name, axis in axes.items() if _is_root(axis)}
+    units = {
+        name: range(ceil(axis.min / axis.multiple), min(axis.max // axis.multiple, _MOST_UNITS) + 1)
+        for name, axis in roots.items()
+    }
+    free = [name for name in roots if len(units[name]) > 1]
+    draw = Random(0)
+    while True:
+        probes = [
+            {name: axis.multiple * draw.choice(units[name]) for name, axis in roots.items()}
+            for _ in range(_PROBES)
+        ]
+        varied = all(len({sizes[name] for sizes in probes}) > 1 for name in free)
+        if varied and all(
+            len({Fraction(sizes[a], sizes[b]) for sizes in probes}) > 1 for a, b in combinations(free, 2)
+        ):
+            return [_with_others(sizes, axes, one=number == 0) for number, sizes in enumerate(probes)]
 
-    roots = [name for name, axis in axes.items() if axis.of is None and axis.one_or is None]
-    probes = []
-    for probe in range(_PROBES):
-        sizes = {}
-        for number, name in enumerate(roots):
-            axis = axes[name]
-            # Different numbers of units for every axis and probe, however small the limits are.
-            units = 7 + 2 * number + (probe * (number + 3)) % 5 + probe
-            sizes[name] = axis.multiple * units
-        for name, axis in axes.items():
-            if axis.one_or is not None:
-                sizes[name] = 1 if probe == _PROBES - 1 else sizes[axis.one_or]
-            elif axis.of is not None:
-                root, divisor = resolve_axis(name, axes)
-                sizes[name] = sizes[root] // divisor
-        probes.append(sizes)
-    return probes
+
+def _is_root(axis: Axis) -> bool:
+    return axis.of is None and axis.one_or is None and not axis.sum
+
+
+def _with_others(sizes: Mapping[str, int], axes: Mapping[str, Axis], one: bool) -> dict[str, int]:
+    """With the axes that follow from others; those that may be 1 instead are, if ``one``."""
+    from hywu_runtime.manifest import Axis as Written
+
+    found = dict(sizes)
+    for name, axis in axes.items():
+        if axis.one_or is not None:
+            found[name] = 1 if one else sizes[axis.one_or]
+    waiting = {
+        name: Written(of=axis.of, divide=axis.divide, sum=axis.sum)
+        for name, axis in axes.items()
+        if axis.of is not None or axis.sum
+    }
+    while waiting:  # in any order, but without circles: tracing has resolved them
+        known = {name: size for name, axis in waiting.items() if (size := axis.size(found)) is not None}
+        found |= known
+        waiting = {name: axis for name, axis in waiting.items() if name not in known}
+    return found

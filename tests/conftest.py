@@ -237,3 +237,30 @@ def demo_bundle(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
         export(folder, demo / "base", demo / "generator")
 
     return once("demo_bundle", make)
+
+
+@pytest.fixture(scope="session")
+def staged_bundles(pair: Pair, once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Bundles of `pair` cut into stages, ``2`` and ``4``, and not cut, ``1``. Do not write to them."""
+
+    def make(folder: Path) -> None:
+        from unittest import mock
+
+        import hywu_export.tracing
+        from hywu_export import ExportOptions, export
+
+        traced: dict[str, Any] = {}
+        trace = hywu_export.tracing.trace
+
+        def trace_once(spec: Any, axes: Any) -> Any:
+            if spec.name not in traced:
+                traced[spec.name] = trace(spec, axes)
+            return traced[spec.name]
+
+        folder.mkdir()
+        with mock.patch.object(hywu_export.tracing, "trace", trace_once):
+            for stages in (1, 2, 4):
+                options = ExportOptions(samplers=("dpmpp_2m",), max_steps=6, max_size=128, stages=stages)
+                export(folder / str(stages), pair.base, pair.generator, options)
+
+    return once("staged_bundles", make)

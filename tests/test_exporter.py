@@ -31,7 +31,7 @@ def test_a_size_beyond_the_largest() -> None:
     [
         ((), {}, "nothing to export"),
         (("base", "generator"), {"targets": ["to_q"]}, "Targets were given beside a generator"),
-        (("generator",), {"lora": Path("x")}, "Targets were given beside a generator"),
+        (("generator",), {"loras": [Path("x")]}, "Targets were given beside a generator"),
         (("base",), {"targets": ["to_x"]}, "'to_x' matches no module"),
         (("base",), {"samplers": ["magic"]}, "'magic'"),
         (("base",), {"steps": 50, "max_steps": 12}, "step count is 50.*1 to 12"),

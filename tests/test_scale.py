@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from hywu_export.bundle.sources import SafetensorsIndex
+from hywu_export.deltas import DeltaSpec
+from hywu_export.families.base import Limits
 from tools.sparse_checkpoints import write_generator, write_instruct_pix2pix
+from tools.sparse_flux_kontext import write_flux_kontext
 
 ROOT = Path(__file__).parents[1]
 GIGABYTE = 10**9
@@ -41,6 +44,29 @@ def test_sparse_generator_is_the_released_one(tmp_path: Path) -> None:
     assert numbers(index) == 8_096_647_168
     sizes = [path.stat().st_size for path in sorted(tmp_path.glob("*.safetensors"))]
     assert [round(size / GIGABYTE, 2) for size in sizes] == [4.92, 4.97, 4.97, 4.83, 4.97, 4.97, 2.76]
+    assert disk_bytes(tmp_path) < 10**6
+
+
+def test_sparse_kontext_is_the_public_one(tmp_path: Path) -> None:
+    from hywu_export.families import open_base
+
+    write_flux_kontext(tmp_path)
+    family = open_base(tmp_path)
+    # In BF16. T5's file holds its tied embedding once.
+    sizes = {
+        name: sum(t.length for t in part.index.values()) // 2 for name, part in family.components.items()
+    }
+    assert sizes == {
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 4_762_310_656,
+        "vae": 83_819_683,
+        "transformer": 11_901_408_320,
+    }
+    files = [path.stat().st_size for path in sorted((tmp_path / "transformer").glob("*.safetensors"))]
+    assert [round(size / GIGABYTE, 2) for size in files] == [9.98, 9.95, 3.87]
+    policy = family.plan(DeltaSpec(()), Limits(), None, 3).image
+    assert policy is not None
+    assert len(policy.sizes) == 17
     assert disk_bytes(tmp_path) < 10**6
 
 

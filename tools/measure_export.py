@@ -31,11 +31,21 @@ _folder = click.Path(path_type=Path)
 @click.option("--targets", default="", help="Module patterns, separated by commas.")
 @click.option("--max-rank", default=16, show_default=True)
 @click.option("--link-weights", is_flag=True)
+@click.option("--stages", default=1, show_default=True)
 def main(
-    bundle: Path, base: Path | None, generator: Path | None, targets: str, max_rank: int, link_weights: bool
+    bundle: Path,
+    base: Path | None,
+    generator: Path | None,
+    targets: str,
+    max_rank: int,
+    link_weights: bool,
+    stages: int,
 ) -> None:
     options = ExportOptions(
-        targets=tuple(filter(None, targets.split(","))), max_rank=max_rank, link_weights=link_weights
+        targets=tuple(filter(None, targets.split(","))),
+        max_rank=max_rank,
+        link_weights=link_weights,
+        stages=stages,
     )
     marks: list[tuple[str, float, float]] = []
 

@@ -2,6 +2,7 @@
 
     python -m tools.sparse_checkpoints instruct-pix2pix OUT [--dtype float16]
     python -m tools.sparse_checkpoints hywu-generator OUT [--blocks 24] [--width 4096]
+    python -m tools.sparse_checkpoints hunyuan-image3 OUT [--layers 32] [--experts 64]
 
 They have the names, shapes, dtypes and files of the public checkpoints, and load as these do, so exports of
 full size can be measured on any machine. The names come from the model classes themselves, made without data.
@@ -89,6 +90,57 @@ GENERATOR: dict[str, Any] = {
     "token_dim": 1024,
 }
 
+# The public configuration of HunyuanImage-3.0-Instruct: 80 billion parameters, 13 of them used for a token.
+HUNYUAN: dict[str, Any] = {
+    "architectures": ["HunyuanImage3ForCausalMM"],
+    "model_type": "hunyuan_image_3_moe",
+    "vocab_size": 133120,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "attention_head_dim": 128,
+    "num_experts": 64,
+    "moe_topk": 8,
+    "num_shared_expert": 1,
+    "intermediate_size": 3072,
+    "moe_intermediate_size": 3072,
+    "max_position_embeddings": 22800,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "patch_embed_hidden_dim": 1024,
+    "image_base_size": 1024,
+    "vae_downsample_factor": [16, 16],
+    "vae": {
+        "latent_channels": 32,
+        "block_out_channels": [128, 256, 512, 1024, 1024],
+        "layers_per_block": 2,
+        "ffactor_spatial": 16,
+        "ffactor_temporal": 4,
+        "scaling_factor": 0.562679178327931,
+    },
+    "vit": {  # SigLIP 2, so400m, patches of 16 pixels
+        "hidden_size": 1152,
+        "patch_size": 16,
+        "num_patches": 256,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "intermediate_size": 4304,
+    },
+    "vit_processor": {"max_num_patches": 1024},
+    "bos_token_id": 127958,
+    "eos_token_id": 127957,
+    "pad_token_id": 128009,
+}
+HUNYUAN_TOKENS = {
+    "<|startoftext|>": 127958, "<boi>": 128000, "<eoi>": 128001, "<img>": 128006, "<pad>": 128009,
+    "<cfg>": 128010, "<timestep>": 128017, "<recaption>": 128018, "</recaption>": 128019,
+    "<joint_img_sep>": 128022, "<think>": 128023, "</think>": 128024, "<answer>": 128025,
+    "</answer>": 128026, "<img_size_1024>": 128037,
+    **{f"<img_ratio_{i}>": 128044 + i for i in range(33)},
+    **{f"<img_ratio_{i}>": 130103 + i - 33 for i in range(33, 37)},
+}  # fmt: skip
+
 
 def write_instruct_pix2pix(out: Path, dtype: str = "float32", unet: Mapping[str, Any] | None = None) -> None:
     """Write the pipeline folder ``out``; ``unet`` replaces settings of the UNet."""
@@ -131,8 +183,6 @@ def write_instruct_pix2pix(out: Path, dtype: str = "float32", unet: Mapping[str,
 
 def write_generator(out: Path, dtype: str = "float32", settings: Mapping[str, Any] | None = None) -> None:
     """Write the generator folder ``out``, in shards with an index; ``settings`` replace some of GENERATOR."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     from hywu_export.generator import GeneratorConfig, ParameterGenerator
 
     config = GENERATOR | {"dtype": dtype} | dict(settings or {})
@@ -140,11 +190,39 @@ def write_generator(out: Path, dtype: str = "float32", settings: Mapping[str, An
         module = ParameterGenerator(GeneratorConfig.from_dict(config)).to(getattr(torch, dtype))
     # The release has hidden_in last, which decides where its shards are cut.
     state = dict(sorted(module.state_dict().items(), key=lambda item: item[0].startswith("hidden_in")))
-    split = split_torch_state_dict_into_shards(
-        state, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
-    )
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_shards(out, state, dtype)
+
+
+def write_hunyuan_image3(
+    out: Path, dtype: str = "bfloat16", settings: Mapping[str, Any] | None = None
+) -> None:
+    """Write the folder ``out`` of HunyuanImage-3.0-Instruct, in shards; ``settings`` replace some of HUNYUAN.
+
+    Its tokenizer has the special tokens under their numbers, and otherwise letters alone.
+    """
+    from hywu_export.families.hunyuan.config import HunyuanConfig
+    from hywu_export.families.hunyuan.model import HunyuanImage3
+
+    config = HUNYUAN | dict(settings or {})
+    with torch.device("meta"):
+        module = HunyuanImage3(HunyuanConfig.from_dict(config)).to(getattr(torch, dtype))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {"diff_infer_steps": 50, "diff_guidance_scale": 2.5, "flow_shift": 3.0}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    _write_letters(out / "tokenizer.json", HUNYUAN_TOKENS)
+    _write_shards(out, module.state_dict(), dtype)
+
+
+def _write_shards(out: Path, state: Mapping[str, torch.Tensor], dtype: str) -> None:
+    """The files ``model*.safetensors``, with an index if there are several."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(
+        dict(state), filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
+    )
     for file, names in split.filename_to_tensors.items():
         write_sparse(out / file, _shapes((name, state[name]) for name in names), dtype)
     if split.is_sharded:
@@ -191,6 +269,19 @@ def _clip_tokenizer() -> Any:
     )
 
 
+def _write_letters(path: Path, special: Mapping[str, int]) -> None:
+    """A tokenizer of single bytes, with these tokens beside them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(letters)} | dict(special)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.save(str(path))
+
+
 @click.group(help=__doc__)
 def main() -> None: ...
 
@@ -215,6 +306,16 @@ def _instruct_pix2pix(out: Path, dtype: str) -> None:
 def _hywu_generator(out: Path, dtype: str, blocks: int, width: int) -> None:
     """The default parameter generator."""
     write_generator(out, dtype, {"num_pg_layers": blocks, "d_model": width})
+
+
+@main.command("hunyuan-image3")
+@_out
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="bfloat16", show_default=True)
+@click.option("--layers", default=HUNYUAN["num_hidden_layers"], show_default=True)
+@click.option("--experts", default=HUNYUAN["num_experts"], show_default=True)
+def _hunyuan_image3(out: Path, dtype: str, layers: int, experts: int) -> None:
+    """The public HunyuanImage-3.0-Instruct."""
+    write_hunyuan_image3(out, dtype, {"num_hidden_layers": layers, "num_experts": experts})
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hywu_calibration.options import CalibrationOptions
-from hywu_calibration.samples import Sample, draw_samples, find_photographs, is_guided, read_prompts
+from hywu_calibration.samples import Sample, draw_samples, find_photographs, read_prompts
 from hywu_runtime import Deltas
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.errors import DeltaError, InputError, UnsupportedError
+from hywu_runtime.manifest import is_guided
 from hywu_runtime.schedule import Schedule
 
 EDITS = 8
@@ -44,7 +45,7 @@ class CalibrationData:
         manifest = bundle.manifest
         if manifest.results.image is None:
             raise UnsupportedError(
-                "This bundle makes no images: it holds a generator of deltas alone",
+                "This bundle makes no images: it holds no image editor",
                 "Calibration edits photographs, and compares pictures",
                 "Calibrate a bundle that was exported with --base",
             )
@@ -114,7 +115,7 @@ class CalibrationData:
         manifest, options = self._bundle.manifest, self._options
         default = is_guided(manifest.guidance)
         known = {call.guided for call in manifest.program}
-        both = bool(manifest.guidance) and {True, False} <= known
+        both = any(scale.decides for scale in manifest.guidance) and {True, False} <= known
         return draw_samples(
             self.photos.paths, self.prompts, options.samples, options.seed, evaluations=self.evaluations,
             steps=options.steps, guidance=manifest.guidance, policy=manifest.image,

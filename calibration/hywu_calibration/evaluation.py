@@ -69,8 +69,9 @@ class Evaluation:
             for i, sample in enumerate(self.samples):
                 if progress is not None:
                     progress(i, len(self.samples))
+                photos = [sample.photo] * editor.limits().photos
                 picture = editor.edit(
-                    sample.photo, sample.prompt, seed=sample.seed, steps=sample.steps, size=sample.size,
+                    photos, sample.prompt, seed=sample.seed, steps=sample.steps, size=sample.size,
                     guidance=dict(sample.guidance), delta_strength=strength, output="array",
                     deltas=self._deltas[sample.number % len(self._deltas)] if self._deltas else None,
                 )  # fmt: skip

@@ -72,7 +72,7 @@ class RecordingBackend(OnnxRuntime):
         self._graphs = {bundle.file(graph.file): name for name, graph in manifest.graphs.items()}
         self._sessions: dict[str, Session] = {}
 
-    def load(self, file: Path, weights: Mapping[str, Weight]) -> Any:
+    def load(self, file: Path, weights: Mapping[str, Weight], stage: int = 0) -> Any:
         graph = self._graphs[file]
         if graph not in self._sessions:
             if graph in self.tape.steps:
@@ -143,8 +143,9 @@ class Recordings:
             recorder.tape.start(sample.evaluations)
             # A new editor for each, so that what an editor computes once is recorded in every sample.
             with Editor(bundle, recorder) as editor, self._noting(recorder.tape):
+                photos = [sample.photo] * editor.limits().photos
                 picture = editor.edit(
-                    sample.photo, sample.prompt, seed=sample.seed, steps=sample.steps, size=sample.size,
+                    photos, sample.prompt, seed=sample.seed, steps=sample.steps, size=sample.size,
                     guidance=dict(sample.guidance), delta_strength=strength,
                     deltas=deltas[sample.number % len(deltas)] if deltas else None, output="array",
                 )  # fmt: skip

@@ -18,7 +18,7 @@ import numpy as np
 
 from hywu_runtime.errors import HywuError, InputError
 from hywu_runtime.images import load_photo, working_size
-from hywu_runtime.manifest import Guidance, ImagePolicy
+from hywu_runtime.manifest import Guidance, ImagePolicy, is_guided
 
 T = TypeVar("T")
 OBSERVED = 2
@@ -182,18 +182,14 @@ def scales_for(guidance: Sequence[Guidance], guided: bool) -> tuple[tuple[str, f
     scales = {scale.name: scale.default for scale in guidance}
     if guided:
         for scale in guidance:
-            if not scale.satisfied(scale.default):
+            if scale.decides and not scale.satisfied(scale.default):
                 limit = _limit(scale)
                 scales[scale.name] = max(2 * limit, limit + 1)
     elif is_guided(guidance):
-        limit = _limit(guidance[0])
-        scales[guidance[0].name] = limit if guidance[0].above is not None else limit - 1
+        first = next(scale for scale in guidance if scale.decides)
+        limit = _limit(first)
+        scales[first.name] = limit if first.above is not None else limit - 1
     return tuple(scales.items())
-
-
-def is_guided(guidance: Sequence[Guidance]) -> bool:
-    """Whether a request with the default scales is guided."""
-    return bool(guidance) and all(scale.satisfied(scale.default) for scale in guidance)
 
 
 def _limit(scale: Guidance) -> float:
@@ -212,4 +208,5 @@ def _evenly(items: Sequence[T], count: int, random: np.random.Generator) -> Iter
 def _other_size(photo: Path, policy: ImagePolicy, area: float) -> tuple[int, int]:
     """The size that the photograph would have if the default area were ``area`` times what it is."""
     height, width = load_photo(photo).shape[:2]
-    return working_size(width, height, replace(policy, default_area=max(1, int(policy.default_area * area))))
+    area = max(1, int(policy.default_area * area))
+    return working_size(width, height, replace(policy, default_area=area, sizes=()))

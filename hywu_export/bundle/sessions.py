@@ -59,7 +59,7 @@ class ModelBackend(OnnxRuntime):
             bundle.file(bundle.manifest.graphs[name].file): (name, m) for name, m in models.items()
         }
 
-    def load(self, file: Path, weights: Mapping[str, Weight]) -> OrtSession:
+    def load(self, file: Path, weights: Mapping[str, Weight], stage: int = 0) -> OrtSession:
         """See :class:`hywu_runtime.backends.Backend`."""
         if file in self._models:
             name, model = self._models[file]

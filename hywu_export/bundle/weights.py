@@ -53,6 +53,15 @@ class TensorLocation(Protocol):
     def length(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor in memory in place of one in a file; ``data`` gives its bytes when they are written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Callable[[], bytes]
+
+
 class WeightSource(Protocol):
     """A checkpoint: tensor name → location."""
 

@@ -17,6 +17,7 @@ from hywu_export.bundle.weights import (
     CHUNK_BYTES,
     NUMPY_DTYPES,
     SAFETENSORS_DTYPES,
+    HeldTensor,
     StoredTensor,
     TensorLocation,
     WeightsFile,
@@ -47,7 +48,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Weights:
-    checkpoint: WeightSource
+    checkpoint: WeightSource | Mapping[str, HeldTensor]
     source: str | None
     link: bool
 
@@ -105,7 +106,12 @@ class BundleWriter:
         self._sources[source] = _Source(Path(os.path.abspath(root)), name, licence)
 
     def add_weights(
-        self, component: str, checkpoint: WeightSource, *, source: str | None = None, link: bool = False
+        self,
+        component: str,
+        checkpoint: WeightSource | Mapping[str, HeldTensor],
+        *,
+        source: str | None = None,
+        link: bool = False,
     ) -> None:
         """Says where the parameters ``<component>.*`` are. ``link`` leaves them there, and needs
         ``source``."""
@@ -213,7 +219,7 @@ class BundleWriter:
                     continue
                 component = _component(parameter)
                 file = tensors.setdefault(f"weights/{component}.safetensors", {})
-                stored = StoredTensor(name, _dtype_name(value), _static_shape(value), location)
+                stored = _stored(name, _dtype_name(value), location)
                 if file.setdefault(name, stored).dtype != stored.dtype:
                     raise UnsupportedError(
                         f"Parameter {parameter!r} is used as {file[name].dtype} and as {stored.dtype}",
@@ -223,8 +229,8 @@ class BundleWriter:
 
     def _locate(
         self, traced: TracedGraph, parameter: str, value: ir.Value
-    ) -> tuple[_Weights, str, TensorLocation]:
-        """The weights of a parameter's component, the tensor's name in them, and its place."""
+    ) -> tuple[_Weights, str, TensorLocation | HeldTensor]:
+        """The weights of a parameter's component, the tensor's name in them, and its place or itself."""
         component = _component(parameter)
         if component not in self._weights:
             raise BundleError(
@@ -281,7 +287,7 @@ class BundleWriter:
                     )
                 continue
             weights, name, location = self._locate(traced, parameter, value)
-            if weights.link:
+            if weights.link and not isinstance(location, HeldTensor):
                 link = self._link(weights, parameter, location)
                 self._linked.setdefault(graph_file, {})[initializer] = link
                 stored[initializer] = ir.DataType.from_numpy(NUMPY_DTYPES[location.dtype])
@@ -330,6 +336,18 @@ class BundleWriter:
             "dtype": LINKED_DTYPES[location.dtype],
             "shape": list(location.shape),
         }
+
+
+def _stored(name: str, dtype: str, location: TensorLocation | HeldTensor) -> StoredTensor:
+    """A weight for its component's file, in the ``dtype`` of the graphs."""
+    if not isinstance(location, HeldTensor):
+        return StoredTensor(name, dtype, tuple(location.shape), location)
+    if location.dtype != dtype:
+        raise UnsupportedError(
+            f"The tensor {name!r} is {location.dtype} in memory, and {dtype} in its graph",
+            "A tensor in memory has the dtype of the graph",
+        )
+    return StoredTensor(name, dtype, location.shape, data=location.data)
 
 
 def _component(parameter: str) -> str:

@@ -18,7 +18,7 @@ from hywu_runtime.errors import HywuError
 
 INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
 
-COMMANDS = ("demo", "export", "calibrate", "build", "edit", "inspect", "deltas", "verify", "doctor")
+COMMANDS = ("demo", "export", "calibrate", "build", "edit", "bench", "inspect", "deltas", "verify", "doctor")
 """In the order of ``hywu --help``; command ``x`` is the object ``x`` of the module ``hywu_export.cli.x``."""
 
 

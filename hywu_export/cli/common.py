@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from hywu_runtime.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hywu_export.deltas.catalogue import Resolved
 
 F = TypeVar("F", bound=Callable[..., Any])
 Progress = Callable[[str, int, int], None]
@@ -58,6 +61,28 @@ COMMON: tuple[click.Parameter, ...] = (
 """Options of ``hywu`` and of every command."""
 
 
+class _Scale(click.ParamType):  # type: ignore[type-arg]  # not generic in every click
+    """``X``, the guidance scale called ``text``, or ``NAME=X``."""
+
+    name = "[NAME=]X"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, number = str(value).rpartition("=")
+        try:
+            return (name if equals else "text"), float(number)
+        except ValueError:
+            raise InputError(
+                f"The guidance {value!r} is no scale", "Expected a number, or NAME=NUMBER", "Correct it"
+            ) from None
+
+
+SCALE = _Scale()
+
+
 class Command(click.Command):
     """A command that also has the common options."""
 
@@ -93,6 +118,35 @@ def _parse_sources(_: click.Context, __: click.Parameter, values: tuple[str, ...
             )
         sources[name] = folder
     return sources
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """``FILE:WEIGHT``, or ``FILE`` with weight 1."""
+    file, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        return text, 1.0
+
+
+def lora_report(lora: Resolved, weight: float = 1.0) -> dict[str, Any]:
+    """What was found in a LoRA file, for ``--json``."""
+    return {
+        "file": str(lora.path),
+        "spelling": lora.spelling,
+        "modules": len(lora.pairs),
+        "rank": lora.rank,
+        "weight": weight,
+    }
+
+
+def lora_line(report: Mapping[str, Any]) -> str:
+    """The same for people."""
+    weight = "" if report["weight"] == 1 else f", weight {report['weight']:g}"
+    what = f"{report['spelling']}, {plural(report['modules'], 'module')}, rank {report['rank']}{weight}"
+    return f"{report['file']}: {what}"
 
 
 def check_output(path: Path, *others: Path) -> None:

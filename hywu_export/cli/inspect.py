@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,9 +19,10 @@ from hywu_export.cli.common import (
     source_option,
     table,
 )
+from hywu_runtime.codec import encode
 
 if TYPE_CHECKING:
-    from hywu_runtime.manifest import Axis, Manifest
+    from hywu_runtime.manifest import Axis, Guidance, Manifest, Term
 
 
 @click.command(cls=Command)
@@ -71,7 +73,16 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
             for name, graph in manifest.graphs.items()
         },
         "axes": {name: _axis(axis) for name, axis in manifest.axes.items()},
-        "results": {"image": manifest.results.image, "deltas": len(manifest.results.deltas)},
+        "results": {
+            "image": manifest.results.image,
+            "deltas": len(manifest.results.deltas),
+            "outputs": list(manifest.results.outputs),
+        },
+        "inputs": {
+            name: {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+            for name, tensor in manifest.tensors.items()
+            if tensor.source == "input"
+        },
         "image": None
         if manifest.image is None
         else {
@@ -88,11 +99,13 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
                 "class": sampler.class_name,
                 "steps": list(sampler.steps),
                 "stochastic": sampler.stochastic,
+                "midway": sampler.order is not None,
             }
             for name, sampler in schedules.samplers.items()
         },
         "default_scheduler": None if schedules is None else schedules.default,
         "default_steps": None if schedules is None else schedules.default_steps,
+        "default_strength": schedules.strength.default if schedules and schedules.strength else None,
         "deltas": None
         if deltas is None
         else {
@@ -138,13 +151,15 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
 def _axis(axis: Axis) -> dict[str, Any]:
     if axis.of is not None:
         return {"of": axis.of, "divide": axis.divide}
+    if axis.sum:
+        return {"sum": encode(axis.sum)}
     return {"min": axis.min, "max": axis.max, "multiple": axis.multiple, "one_or": axis.one_or}
 
 
 def _text(summary: dict[str, Any], manifest: Manifest) -> str:
     size, files = size_text(summary["bytes"]), plural(len(manifest.files), "file")
     lines = [
-        printable(f"{summary['name']}: {summary['family'] or 'a generator alone'}"),
+        printable(f"{summary['name']}: {summary['family'] or _kind(summary)}"),
         printable(f"format {summary['format']}, {summary['producer']}, {files}, {size}"),
     ]
     if "verified_files" in summary:
@@ -164,6 +179,11 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
     )
     others = {name: size for name, size in summary["files"].items() if not name.endswith(".onnx")}
     section("other files", [(name, size_text(size)) for name, size in others.items()])
+    tensors: list[tuple[object, ...]]
+    tensors = [("input", name, t["dtype"], _shape_text(t["shape"])) for name, t in summary["inputs"].items()]
+    made = [manifest.signatures[name] for name in manifest.results.outputs]
+    tensors += [("output", value.name, value.dtype, _shape_text(value.shape)) for value in made]
+    section("tensors", tensors)
     section("axes", [(name, _axis_text(axis)) for name, axis in manifest.axes.items()])
     section(
         "schedulers",
@@ -178,7 +198,7 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
             (
                 g.name,
                 f"default {g.default:g}",
-                f"on above {g.above:g}" if g.above is not None else f"on from {g.at_least:g}",
+                _condition(g),
             )
             for g in manifest.guidance
         ],
@@ -224,6 +244,21 @@ def _text(summary: dict[str, Any], manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
+def _condition(scale: Guidance) -> str:
+    """When a scale asks for guidance, for people."""
+    if scale.above is not None:
+        return f"on above {scale.above:g}"
+    return f"on from {scale.at_least:g}" if scale.at_least is not None else "an input of the model"
+
+
+def _kind(summary: dict[str, Any]) -> str:
+    return "a traced module" if summary["results"]["outputs"] else "a generator alone"
+
+
+def _shape_text(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
 def _delta_rows(summary: dict[str, Any]) -> list[tuple[object, ...]]:
     deltas, made = summary["deltas"], summary["results"]["deltas"]
     generated: tuple[object, ...] = (
@@ -244,14 +279,25 @@ def _delta_rows(summary: dict[str, Any]) -> list[tuple[object, ...]]:
 def _axis_text(axis: Axis) -> str:
     if axis.of is not None:
         return f"{axis.of} / {axis.divide}"
+    if axis.sum:
+        return " + ".join(map(_term_text, axis.sum))
     limits = f"{axis.min} to {axis.max}"
     if axis.multiple != 1:
         limits += f" in steps of {axis.multiple}"
     return f"1 or {axis.one_or}" if axis.one_or is not None else limits
 
 
+def _term_text(term: Term) -> str:
+    factors = [str(term.times)] if term.times != 1 or not term.of else []
+    return " · ".join([*factors, *term.of]) + (f" / {term.divide}" if term.divide != 1 else "")
+
+
 def _notes(name: str, sampler: dict[str, Any], summary: dict[str, Any]) -> str:
     notes = ["draws noise in every step"] if sampler["stochastic"] else []
     if name == summary["default_scheduler"]:
-        notes.insert(0, f"default, with {plural(summary['default_steps'], 'step')}")
+        strength = summary["default_strength"]
+        midway = "" if strength is None else f" and a strength of {strength:g}"
+        notes.insert(0, f"default, with {plural(summary['default_steps'], 'step')}{midway}")
+    if summary["default_strength"] is not None and not sampler["midway"]:
+        notes.append("starts from noise alone")
     return "; ".join(notes)

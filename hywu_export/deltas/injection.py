@@ -1,4 +1,5 @@
-"""Deltas in a torch module, by forward hooks: ``y = f(x) + gate * (x A^T) B^T`` for every target, per sample.
+"""Deltas in a torch module, by forward hooks: ``y = f(x) + gate * (x A^T) B^T`` for every target, per sample;
+or, for targets that are ``merged``, ``y = x (W + gate * B A)^T + bias``.
 
 The form is made for tracing: plain broadcasting products, and for k x k convolutions one constant grouped
 convolution, so that deltas stay inputs of the graph and may differ from sample to sample.
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hywu_export.deltas.experts import ExpertLinear
 from hywu_export.deltas.modules import resolve
 from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, nearest
 from hywu_runtime.errors import DeltaError
@@ -145,10 +147,15 @@ class _Branch(ABC):
         a, b, gate, rows = self.active
         self._check_batch(x.shape[0], self.active)
         batch = x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
-        low = self._down(batch, a.to(x.dtype))
+        gate = None if gate is None else gate.to(x.dtype)
+        return self._add(output, batch, a.to(x.dtype), b.to(x.dtype), gate)
+
+    def _add(self, output: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None) -> Tensor:
+        """The target's ``output`` for ``x`` [rows, B, ...], with the delta."""
+        low = self._down(x, a)
         if gate is not None:
-            low = low * gate.to(x.dtype).reshape(-1, 1, 1)
-        return output + self._up(low, b.to(x.dtype)).reshape(output.shape)
+            low = low * gate.reshape(-1, *[1] * (low.ndim - 2))
+        return output + self._up(low, b).reshape(output.shape)
 
     def _check_batch(self, batch: int, active: _Active) -> None:
         if batch % active.rows:
@@ -169,11 +176,11 @@ class _Branch(ABC):
 
     @abstractmethod
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
-        """A applied to ``x`` [rows, B, ...], of rank r and with two axes after the batch."""
+        """A applied to ``x`` [rows, B, ...]: the rank is one of the axes after the batch."""
 
     @abstractmethod
     def _up(self, low: Tensor, b: Tensor) -> Tensor:
-        """``b`` [D, out, r] applied to what `_down` gave."""
+        """``b`` [D, out, r], for experts [D, E, out, r], applied to what `_down` gave."""
 
 
 class _LinearBranch(_Branch):
@@ -185,6 +192,24 @@ class _LinearBranch(_Branch):
 
     def _up(self, low: Tensor, b: Tensor) -> Tensor:
         return low @ b.transpose(1, 2)
+
+
+class _MergedBranch(_LinearBranch):
+    """One product with the changed weight, in the place of the base's, which no graph then computes.
+
+    The weight depends on neither latents nor timestep, so that a step need not compute it again.
+    """
+
+    def _add(self, output: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None) -> Tensor:
+        module = self._module
+        assert isinstance(module, nn.Linear)
+        delta = b @ a  # [D, out, in]
+        if gate is not None:
+            delta = delta * gate.reshape(-1, 1, 1)
+        weight = module.weight.to(x.dtype) + delta
+        tokens = x.unsqueeze(2) if x.ndim == 3 else x.flatten(2, -2)
+        made = (tokens @ weight.transpose(1, 2)).reshape(output.shape)
+        return made if module.bias is None else made + module.bias.to(x.dtype)
 
 
 class _ConvBranch(_Branch):
@@ -232,6 +257,16 @@ class _ConvBranch(_Branch):
         return F.pad(x, self._pads, mode=self._pad_mode) if any(self._pads) else x
 
 
+class _ExpertsBranch(_Branch):
+    """``[rows, B, E or 1, n, in]``: every expert has its own A and B, as it has its own weight."""
+
+    def _down(self, x: Tensor, a: Tensor) -> Tensor:
+        return x @ a.transpose(2, 3)
+
+    def _up(self, low: Tensor, b: Tensor) -> Tensor:
+        return low @ b.transpose(2, 3)
+
+
 def _pads(module: nn.Conv2d) -> list[int]:
     """Left, right, top and bottom padding; for "same" torch puts the odd pixel at the end."""
     pads: list[int] = []
@@ -245,4 +280,8 @@ def _pads(module: nn.Conv2d) -> list[int]:
 
 
 def _branch(target: DeltaTarget, module: nn.Module) -> _Branch:
-    return _ConvBranch(target, module) if isinstance(module, nn.Conv2d) else _LinearBranch(target, module)
+    if isinstance(module, nn.Conv2d):
+        return _ConvBranch(target, module)
+    if isinstance(module, ExpertLinear):
+        return _ExpertsBranch(target, module)
+    return (_MergedBranch if target.merged else _LinearBranch)(target, module)

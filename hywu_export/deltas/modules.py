@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, nearest
+from hywu_export.deltas.experts import ExpertLinear
+from hywu_export.deltas.spec import DeltaSpec, DeltaTarget, dimensions, mismatch, nearest
 from hywu_runtime.errors import CheckpointError, UnsupportedError
 
 
@@ -13,7 +14,7 @@ def refusal(module: nn.Module) -> str | None:
     """Why ``module`` cannot take deltas, as the rest of a sentence, or None if it can."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "belongs to a MultiheadAttention, which uses its weight but never calls it"
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, ExpertLinear)):
         return None
     if isinstance(module, nn.Conv2d):
         return None if module.groups == 1 else f"is a convolution with {module.groups} groups"
@@ -32,11 +33,34 @@ def target_of(path: str, module: nn.Module, rank: int) -> DeltaTarget:
         return DeltaTarget(path, "conv", module.in_channels, module.out_channels, rank, (kh, kw))
     if reason is None and isinstance(module, nn.Linear):
         return DeltaTarget(path, "linear", module.in_features, module.out_features, rank)
+    if reason is None and isinstance(module, ExpertLinear):
+        return DeltaTarget(
+            path, "experts", module.in_features, module.out_features, rank, experts=module.experts
+        )
     raise UnsupportedError(
         f"Module {path!r} {reason}",
-        "Deltas act on Linear, and on Conv2d without groups",
+        "Deltas act on Linear, on Conv2d without groups, and on ExpertLinear",
         "Leave it out of the targets",
     )
+
+
+def layers(root: nn.Module) -> dict[str, DeltaTarget]:
+    """Every module of ``root`` that can take deltas, by path, with rank 1."""
+    return {
+        path: target_of(path, module, 1)
+        for path, module in root.named_modules()
+        if path and refusal(module) is None
+    }
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at ``path`` of ``root``, or None.
+
+    CLIP text models have a level ``text_model`` in checkpoints and in the names of deltas; whether there is a
+    module of that name depends on the version of transformers.
+    """
+    modules = dict(root.named_modules(remove_duplicate=False))
+    return modules.get(path) or modules.get(path.removeprefix("text_model."))
 
 
 def find(root: nn.Module, path: str, rank: int) -> DeltaTarget:
@@ -46,13 +70,12 @@ def find(root: nn.Module, path: str, rank: int) -> DeltaTarget:
         CheckpointError: there is no such module; the message has the nearest names.
         UnsupportedError: it takes no deltas.
     """
-    modules = dict(root.named_modules(remove_duplicate=False))
-    if path not in modules:
-        able = (name for name, module in modules.items() if refusal(module) is None)
+    module = submodule(root, path)
+    if module is None:
         raise CheckpointError(
-            f"The base model has no module {path!r}", "Expected a module's path", nearest(path, able)
+            f"The base model has no module {path!r}", "Expected a module's path", nearest(path, layers(root))
         )
-    return target_of(path, modules[path], rank)
+    return target_of(path, module, rank)
 
 
 def resolve(root: nn.Module, spec: DeltaSpec) -> dict[str, nn.Module]:
@@ -68,7 +91,8 @@ def resolve(root: nn.Module, spec: DeltaSpec) -> dict[str, nn.Module]:
         actual = find(root, target.module, target.rank)
         if actual != target:
             raise mismatch(actual, f"its delta target is {dimensions(target)}")
-        module = root.get_submodule(target.module)
+        module = submodule(root, target.module)
+        assert module is not None  # `find` has found it
         if id(module) in owners:
             raise CheckpointError(
                 f"Delta targets {owners[id(module)]!r} and {target.module!r} are the same module",
@@ -78,19 +102,3 @@ def resolve(root: nn.Module, spec: DeltaSpec) -> dict[str, nn.Module]:
         owners[id(module)] = target.module
         found[target.module] = module
     return found
-
-
-def mismatch(actual: DeltaTarget, wanted: str) -> CheckpointError:
-    """The error for a module of the base that has other dimensions than ``wanted`` says."""
-    return CheckpointError(
-        f"Module {actual.module!r} of the base model is {dimensions(actual)}, but {wanted}",
-        "Expected equal dimensions",
-        "Check that the deltas were made for this base model",
-    )
-
-
-def dimensions(target: DeltaTarget) -> str:
-    size = f"{target.in_features} -> {target.out_features}"
-    if target.kind == "conv":
-        return f"a {target.kernel[0]}x{target.kernel[1]} convolution {size}"
-    return f"a linear layer {size}"

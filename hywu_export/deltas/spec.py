@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from hywu_runtime.errors import CheckpointError, DeltaError, UnsupportedError
 if TYPE_CHECKING:
     from torch import nn
 
-Kind = Literal["linear", "conv"]
+Kind = Literal["linear", "conv", "experts"]
 
 
 @runtime_checkable
@@ -28,8 +28,19 @@ class _Sizes(Protocol):
     def out_features(self) -> int: ...
 
 
+@runtime_checkable
+class _Group(Protocol):
+    """One grouped entry: every weight of every expert takes a delta."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def weights(self) -> Mapping[str, _Sizes]: ...
+
+
 class GeneratorTargets(Protocol):
-    """What is asked of a generator's configuration; what is not `_Sizes` in ``pg_mapping`` is refused."""
+    """What is asked of a generator's configuration; ``pg_mapping`` holds `_Sizes` and `_Group`."""
 
     @property
     def rank(self) -> int: ...
@@ -46,13 +57,17 @@ class GeneratorTargets(Protocol):
 
 @dataclass(frozen=True)
 class DeltaTarget:
-    """One module that takes a delta: a linear layer or a two-dimensional convolution.
+    """One module that takes a delta: a linear layer, a two-dimensional convolution, or one weight of all
+    experts of a layer.
 
     Attributes:
         module: its path in the base model.
         in_features, out_features: of the base's weight; channels for a convolution.
         rank: of the delta.
         kernel: height and width of a convolution's kernel.
+        experts: how many there are, each with a delta of its own.
+        merged: whether a traced graph adds the delta to a linear layer's weight, ``W + B A``, and multiplies
+            once, instead of running the low-rank branch beside it. No matter of the manifest.
 
     Raises:
         DeltaError: a size that cannot be.
@@ -64,18 +79,26 @@ class DeltaTarget:
     out_features: int
     rank: int
     kernel: tuple[int, int] = (1, 1)
+    experts: int | None = None
+    merged: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "conv"):
+        if self.kind not in ("linear", "conv", "experts"):
             raise DeltaError(
-                f"Delta target {self.module!r} has kind {self.kind!r}", "A target is 'linear' or 'conv'"
+                f"Delta target {self.module!r} has kind {self.kind!r}",
+                "A target is 'linear', 'conv' or 'experts'",
             )
-        sizes = (self.in_features, self.out_features, self.rank, *self.kernel)
-        if min(sizes) < 1 or (self.kind == "linear" and self.kernel != (1, 1)):
+        sizes = (self.in_features, self.out_features, self.rank, *self.kernel, self.experts or 1)
+        if min(sizes) < 1 or (self.kind != "conv" and self.kernel != (1, 1)):
             raise DeltaError(
                 f"Delta target {self.module!r} has in {self.in_features}, out {self.out_features}, "
-                f"rank {self.rank}, kernel {self.kernel}",
+                f"rank {self.rank}, kernel {self.kernel}, experts {self.experts}",
                 "Every size is at least 1, and only convolutions have a kernel",
+            )
+        if (self.kind == "experts") != (self.experts is not None):
+            raise DeltaError(
+                f"Delta target {self.module!r} of kind {self.kind!r} has experts {self.experts}",
+                "A number of experts goes with kind 'experts', and with no other",
             )
 
     @property
@@ -89,9 +112,10 @@ class DeltaTarget:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of A and B by name, without the leading delta-batch axis."""
         kernel = self.kernel if self.kind == "conv" else ()
+        experts = () if self.experts is None else (self.experts,)
         return {
-            self.a_name: (self.rank, self.in_features, *kernel),
-            self.b_name: (self.out_features, self.rank),
+            self.a_name: (*experts, self.rank, self.in_features, *kernel),
+            self.b_name: (*experts, self.out_features, self.rank),
         }
 
 
@@ -136,6 +160,8 @@ class DeltaSpec:
             }
             if target.kind == "conv":
                 entry["kernel"] = list(target.kernel)
+            if target.experts is not None:
+                entry["experts"] = target.experts
             targets.append(entry)
         return {"rank": self.rank, "gate": "gate", "axis": "delta_batch", "targets": targets}
 
@@ -147,28 +173,32 @@ class DeltaSpec:
         layer.
 
         ``targets`` is as for `generator_paths`. A convolution fits if the generator's input size is that of
-        its flattened kernel, ``in * kh * kw``; A is then to be viewed as ``[r, in, kh, kw]``.
+        its flattened kernel, ``in * kh * kw``; A is then to be viewed as ``[r, in, kh, kw]``. A grouped entry
+        makes one target for each of its weights, ``<entry>.<weight>``.
 
         Raises:
             CheckpointError: names do not map one to one, or a module is missing or has other dimensions.
-            UnsupportedError: the generator makes expert weights, or a module takes no deltas.
+            UnsupportedError: a module takes no deltas.
         """
-        from hywu_export.deltas.modules import find, mismatch
+        from hywu_export.deltas.modules import find
 
         paths = generator_paths(config, targets)
         chosen = []
-        for key, sizes in _generator_sizes(config).items():
+        for key, (sizes, experts) in _generator_sizes(config).items():
             target = find(module, paths[key], config.rank)
             kh, kw = target.kernel
-            if (target.in_features * kh * kw, target.out_features) != (sizes.in_features, sizes.out_features):
+            wanted = (sizes.in_features, sizes.out_features, experts)
+            if (target.in_features * kh * kw, target.out_features, target.experts) != wanted:
                 made = f"the generator makes deltas for {sizes.in_features} -> {sizes.out_features}"
+                made += "" if experts is None else f" of {experts} experts"
                 raise mismatch(target, f"{made} under the name {key!r}")
             chosen.append(target)
         return cls(tuple(chosen))
 
     @classmethod
     def from_patterns(cls, module: nn.Module, patterns: Sequence[str], max_rank: int) -> DeltaSpec:
-        """Every Linear and ungrouped Conv2d of ``module`` that ``patterns`` match, in the model's order.
+        """Every Linear, ungrouped Conv2d and `ExpertLinear` of ``module`` that ``patterns`` match, in the
+        model's order.
 
         A pattern is a module path, or the end of one from a dot on as in PEFT (``to_q``, ``attn1.to_q``), or
         either with the wildcards of `fnmatch`, where ``*`` also spans dots (``*.attn?.to_*``). Matched
@@ -202,26 +232,50 @@ class DeltaSpec:
 
     @classmethod
     def from_peft(cls, path: str | Path, module: nn.Module) -> DeltaSpec:
-        """The modules of ``module`` that the LoRA adapter at ``path`` changes, each with the adapter's rank.
+        """The modules of ``module`` that the LoRA at ``path`` changes, each with its rank, in order.
 
         Raises:
             CheckpointError: the adapter is damaged or was not made for ``module``.
-            UnsupportedError, DeltaError: as for `hywu_export.deltas.peft_to_deltas`.
+            UnsupportedError, DeltaError: as for `hywu_export.deltas.lorafile.read_lora`.
         """
-        from hywu_export.deltas.convert import read_adapter
-        from hywu_export.deltas.modules import dimensions, find, mismatch
+        from hywu_export.deltas.catalogue import Catalogue
+        from hywu_export.deltas.lorafile import read_lora
 
-        targets = {}
-        for name, pair in read_adapter(path).items():
-            made_for = pair.target(name)
-            target = find(module, name, made_for.rank)
-            if target != made_for:
-                raise mismatch(target, f"the adapter's delta is for {dimensions(made_for)}")
-            targets[name] = target
-        return cls(
+        catalogue = Catalogue.from_modules({"denoiser": module}, "denoiser")
+        return catalogue.spec([catalogue.resolve(read_lora(path))])
+
+    def part(self, component: str) -> DeltaSpec:
+        """The targets in ``component``, another one than the denoiser, under their paths there."""
+        prefix = f"{component}."
+        return DeltaSpec(
             tuple(
-                targets[name] for name, _ in module.named_modules(remove_duplicate=False) if name in targets
+                replace(target, module=target.module.removeprefix(prefix))
+                for target in self.targets
+                if target.module.startswith(prefix)
             )
+        )
+
+    def union(self, other: DeltaSpec) -> DeltaSpec:
+        """The targets of both, each with its larger rank.
+
+        Raises:
+            DeltaError: a module has other dimensions in ``other``.
+        """
+        targets = {target.module: target for target in self.targets}
+        for target in other.targets:
+            mine = targets.setdefault(target.module, target)
+            if replace(mine, rank=target.rank) != target:
+                raise DeltaError(
+                    f"Module {target.module!r} is both {dimensions(mine)} and {dimensions(target)}",
+                    "Expected one base model",
+                )
+            targets[target.module] = replace(mine, rank=max(mine.rank, target.rank))
+        return DeltaSpec(tuple(targets.values()))
+
+    def without(self, *components: str) -> DeltaSpec:
+        """The targets that are in none of ``components``: the denoiser's, if these are all others."""
+        return DeltaSpec(
+            tuple(t for t in self.targets if not t.module.startswith(tuple(f"{c}." for c in components)))
         )
 
     @classmethod
@@ -236,6 +290,7 @@ class DeltaSpec:
                     entry["out"],
                     entry["rank"],
                     tuple(entry.get("kernel", (1, 1))),
+                    entry.get("experts"),
                 )
                 for entry in section["targets"]
             )
@@ -252,7 +307,7 @@ def generator_paths(
 
     Raises:
         CheckpointError: a name is unknown or not mapped, two names map to one module, or the file is damaged.
-        UnsupportedError: the generator makes expert weights.
+        UnsupportedError: the generator makes something of an unknown kind.
     """
     names = list(_generator_sizes(config))
     if targets is None:
@@ -293,18 +348,41 @@ def _matches(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
 
 
-def _generator_sizes(config: GeneratorTargets) -> dict[str, _Sizes]:
-    plain: dict[str, _Sizes] = {}
-    for entry, sizes in config.pg_mapping.items():
-        if not isinstance(sizes, _Sizes):
+def _generator_sizes(config: GeneratorTargets) -> dict[str, tuple[_Sizes, int | None]]:
+    """Sizes and number of experts (None without) of everything that a generator makes, by name."""
+    entries: dict[str, tuple[_Sizes, int | None]] = {}
+    for entry, target in config.pg_mapping.items():
+        if isinstance(target, _Group):
+            for weight, sizes in target.weights.items():
+                entries[f"{entry}.{weight}"] = sizes, target.num_experts
+        elif isinstance(target, _Sizes):
+            entries[entry] = target, None
+        else:
             raise UnsupportedError(
-                f"The generator makes deltas for the expert weights {entry!r}",
-                "This version injects into Linear and Conv2d only",
-                "Use a generator whose pg_mapping has no groups",
+                f"The generator's mapping has the entry {entry!r} of another kind",
+                "A plain target, or a group of experts",
+                "Use a version that knows it",
             )
-        plain[entry] = sizes
     layers = range(config.num_base_model_layers)
-    return {f"{config.prefix}{layer}.{entry}": sizes for layer in layers for entry, sizes in plain.items()}
+    return {f"{config.prefix}{layer}.{entry}": sizes for layer in layers for entry, sizes in entries.items()}
+
+
+def mismatch(actual: DeltaTarget, wanted: str) -> CheckpointError:
+    """The error for a module of the base that has other dimensions than ``wanted`` says."""
+    return CheckpointError(
+        f"Module {actual.module!r} of the base model is {dimensions(actual)}, but {wanted}",
+        "Expected equal dimensions",
+        "Check that the deltas were made for this base model",
+    )
+
+
+def dimensions(target: DeltaTarget) -> str:
+    size = f"{target.in_features} -> {target.out_features}"
+    if target.kind == "conv":
+        return f"a {target.kernel[0]}x{target.kernel[1]} convolution {size}"
+    if target.kind == "experts":
+        return f"a layer {size} of {target.experts} experts"
+    return f"a linear layer {size}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -38,17 +38,17 @@ def engine_shapes(manifest: Manifest, graphs: Collection[str], options: ShapeOpt
     """
     given: dict[str, Range] = {}
     for option, axis_name, text in _given(manifest, options):
-        if axis_name is None or axis_name not in manifest.axes or manifest.axes[axis_name].of is not None:
-            have = ", ".join(name for name, a in manifest.axes.items() if a.of is None) or "none"
+        if axis_name is None or axis_name not in manifest.axes or manifest.axes[axis_name].derived:
+            have = ", ".join(name for name, a in manifest.axes.items() if not a.derived) or "none"
             raise InputError(
                 f"{option} {text!r}: the bundle has no such axis", f"Its axes are {have}", "Correct it"
             )
         given[axis_name] = _parse_range(option, text)
     if options.sizes is not None:
         given |= _parse_sizes(manifest, options.sizes)
-    used = {_root(manifest, name) for name in _names(manifest, graphs)}
+    used = {root for name in _names(manifest, graphs) for root in _roots(manifest, name)}
     shapes: dict[str, Range] = {}
-    roots = [name for name, axis in manifest.axes.items() if axis.of is None]
+    roots = [name for name, axis in manifest.axes.items() if not axis.derived]
     for name in sorted(roots, key=lambda name: manifest.axes[name].one_or is not None):  # the batch first
         shapes[name] = given.get(name) or _default(manifest, name, shapes)
         _check(manifest, name, shapes)
@@ -135,10 +135,17 @@ def _default(manifest: Manifest, name: str, shapes: Mapping[str, Range]) -> Rang
     if axis.one_or is not None:  # as many as samples, or one for all
         best, most = shapes[axis.one_or][1:] if axis.one_or in shapes else (low, high)
         return low, min(best, high), min(most, high)
-    if image is not None and name in manifest.tensors[image.tensor].shape[1:3]:
-        step = math.lcm(axis.multiple, image.multiple)
+    pictures = [t for t in manifest.tensors.values() if t.source == "image" and name in t.shape[1:3]]
+    if image is not None and pictures:
+        area, step = image.default_area, math.lcm(axis.multiple, image.multiple)
         smallest, largest = max(low, image.min), min(high, image.max)
-        best = _to_step(math.sqrt(image.default_area), step, smallest, largest)
+        for resize in pictures[0].resize:
+            area = min(max(resize.area or area, resize.min_area or 1), resize.max_area or area)
+            step, smallest, largest = axis.multiple, low, high
+        best = _to_step(math.sqrt(area), step, smallest, largest)
+        if image.sizes and not pictures[0].resize:  # photos come to one of these
+            sides = [side for size in image.sizes for side in size]
+            return min(sides), best, max(sides)
         return (
             _to_step(best / 2, step, smallest, largest),
             best,
@@ -182,9 +189,9 @@ def _names(manifest: Manifest, graphs: Collection[str]) -> set[str]:
     return {size for value in values for size in value.shape if isinstance(size, str)}
 
 
-def _root(manifest: Manifest, name: str) -> str:
+def _roots(manifest: Manifest, name: str) -> set[str]:
     axis = manifest.axes[name]
-    return name if axis.of is None else _root(manifest, axis.of)
+    return {root for term in axis.terms for root in term.of} if axis.derived else {name}
 
 
 def _shape(manifest: Manifest, value: Value, shapes: Mapping[str, Range], point: int) -> tuple[int, ...]:
@@ -195,13 +202,17 @@ def _shape(manifest: Manifest, value: Value, shapes: Mapping[str, Range], point:
 
 def _size(manifest: Manifest, name: str, shapes: Mapping[str, Range], point: int) -> int:
     axis: Axis = manifest.axes[name]
-    if axis.of is None:
+    if not axis.derived:
         return shapes[name][point]
-    size, rest = divmod(_size(manifest, axis.of, shapes, point), axis.divide or 1)
-    if rest or not size:
-        raise InputError(
-            f"Axis {name!r} is {axis.of!r} divided by {axis.divide}, which leaves a rest of {rest}",
-            f"Sizes of {axis.of!r} are multiples of {axis.divide}",
-            "Choose multiples",
-        )
-    return size
+    total = 0
+    for term in axis.terms:
+        sizes = [shapes[root][point] for root in term.of]
+        size, rest = divmod(term.times * math.prod(sizes), term.divide)
+        if rest or not size:
+            raise InputError(
+                f"Axis {name!r} is {' · '.join(term.of)} divided by {term.divide}, which leaves {rest}",
+                f"Sizes of {' and '.join(term.of)} are multiples of what divides them",
+                "Choose multiples",
+            )
+        total += size
+    return total

@@ -14,8 +14,15 @@ from hywu_runtime.errors import UnsupportedError
 if TYPE_CHECKING:
     from hywu_export.families.base import Family
 
-REGISTRY = {  # pipeline class in model_index.json → module:class
+REGISTRY = {  # pipeline class in model_index.json, or architecture in config.json → module:class
+    "HunyuanImage3ForCausalMM": "hunyuan_image3:HunyuanImage3Instruct",
+    "SanaSprintImg2ImgPipeline": "sana_sprint:SanaSprint",
+    "StableDiffusion3Img2ImgPipeline": "sd3_img2img:StableDiffusion3Img2Img",
+    "FluxKontextPipeline": "flux_kontext:FluxKontext",
+    "QwenImageEditPipeline": "qwen_image_edit:QwenImageEdit",
+    "QwenImageEditPlusPipeline": "qwen_image_edit:QwenImageEditPlus",
     "StableDiffusionInstructPix2PixPipeline": "instruct_pix2pix:InstructPix2Pix",
+    "StableDiffusionXLInstructPix2PixPipeline": "sdxl_instruct_pix2pix:SdxlInstructPix2Pix",
 }
 
 

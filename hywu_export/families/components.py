@@ -45,7 +45,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def pipeline_class(base: Path) -> str:
-    """The class name in ``model_index.json``."""
+    """The class name in ``model_index.json``; for a folder of transformers, the architecture in
+    ``config.json``."""
+    if not (base / "model_index.json").exists() and (base / "config.json").exists():
+        architectures = read_config(base / "config.json").get("architectures")
+        if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+            return architectures[0]
     return class_name(base / "model_index.json")
 
 
@@ -68,10 +73,16 @@ def class_name(path: Path) -> str:
 # Attention blocks of early diffusers VAEs (the public InstructPix2Pix checkpoint among them).
 _OLD_ATTENTION = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
+# Models of language and vision before transformers 4.52, as they are published still.
+_OLD_PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
+
 
 def _spellings(name: str) -> list[str]:
     """Names under which a checkpoint may hold the parameter ``name``, today's first."""
     names = [name, f"text_model.{name}", name.removeprefix("text_model.")]
+    for new, old in _OLD_PREFIXES.items():
+        if name.startswith(new):
+            names.append(old + name.removeprefix(new))
     for new, old in _OLD_ATTENTION.items():
         if new in name:
             names.append(name.replace(new, old))
@@ -82,8 +93,12 @@ def _spellings(name: str) -> list[str]:
 _COMPUTED = ("position_ids", "inv_freq")
 
 
-def open_component(name: str, folder: Path, make: Callable[[dict[str, Any]], nn.Module]) -> Component:
+def open_component(
+    name: str, folder: Path, make: Callable[[dict[str, Any]], nn.Module], unused: tuple[str, ...] = ()
+) -> Component:
     """Build the component in ``folder`` with ``make(config)`` and find its weights.
+
+    Tensors whose names start with one of ``unused`` may be in the checkpoint without being in the module.
 
     Raises:
         CheckpointError: a tensor is missing, extra or mis-shaped, a file is damaged, or the configuration is
@@ -104,8 +119,10 @@ def open_component(name: str, folder: Path, make: Callable[[dict[str, Any]], nn.
     index = _open_index(folder)
     found: dict[str, TensorLocation] = {}
     used: set[str] = set()
+    tied = _tied(module)
     for parameter, value in module.state_dict().items():
-        key = next((key for key in _spellings(parameter) if key in index), None)
+        names = (parameter, *tied.get(parameter, ()))
+        key = next((key for name in names for key in _spellings(name) if key in index), None)
         if key is None:
             raise CheckpointError(
                 f"The {name}'s checkpoint in {folder} lacks {parameter!r}",
@@ -120,7 +137,9 @@ def open_component(name: str, folder: Path, make: Callable[[dict[str, Any]], nn.
             )
         found[parameter] = index[key]
         used.add(key)
-    extra = sorted(key for key in index if key not in used and not key.endswith(_COMPUTED))
+    extra = sorted(
+        key for key in index if key not in used and not key.endswith(_COMPUTED) and not key.startswith(unused)
+    )
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(
@@ -129,6 +148,19 @@ def open_component(name: str, folder: Path, make: Callable[[dict[str, Any]], nn.
             "Check that config and weights belong together",
         )
     return Component(name, module, found, index)
+
+
+def _tied(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Parameter → the other names of the same tensor; a checkpoint may hold it under one of them."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {
+        name: tuple(other for other in group if other != name)
+        for group in groups.values()
+        if len(group) > 1
+        for name in group
+    }
 
 
 def _open_index(folder: Path) -> SafetensorsIndex:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hywu_export.bundle.sources import SafetensorsIndex, read_json_object
 from hywu_export.deltas.spec import DeltaSpec, generator_paths
-from hywu_export.families.base import ConditionSource, Plan
+from hywu_export.families.base import ComputedCondition, ConditionSource, Plan
 from hywu_export.generator import GeneratorConfig, ParameterGenerator, load_condition_encoder
 from hywu_export.generator.checkpoint import check_checkpoint
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
@@ -30,7 +30,7 @@ class GenerationDefaults:
     Attributes:
         base_prompt: what the base is told instead of the instruction; None gives it the instruction.
         steps: evaluations of the denoiser.
-        guidance: scale by name (``text``, ``image``), where it differs from the pipeline's default.
+        guidance: scale by name (``text``, ``image``, ``true_cfg``), where it is not the pipeline's default.
     """
 
     base_prompt: str | None = None
@@ -54,6 +54,7 @@ class GenerationDefaults:
             "num_inference_steps": (int,),
             "guidance_scale": number,
             "image_guidance_scale": number,
+            "true_cfg_scale": number,
         }
         for key, kind in kinds.items():
             value = data.get(key)
@@ -63,7 +64,11 @@ class GenerationDefaults:
                     f"Expected {' or '.join(k.__name__ for k in kind)}",
                     "Correct it",
                 )
-        scales = {"text": data.get("guidance_scale"), "image": data.get("image_guidance_scale")}
+        scales = {
+            "text": data.get("guidance_scale"),
+            "image": data.get("image_guidance_scale"),
+            "true_cfg": data.get("true_cfg_scale"),
+        }
         return cls(
             data.get("base_prompt"),
             data.get("num_inference_steps"),
@@ -82,6 +87,18 @@ class Generate(nn.Module):
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         made = self.generator.deltas(condition)
         # A convolution's A comes flat from the generator: [B, r, in·kh·kw].
+        return tuple(made[name].reshape(-1, *shape) for name, shape in self.shapes.items())
+
+
+class GenerateFromParts(Generate):
+    """As `Generate`, from parts that ``join`` makes one condition of."""
+
+    def __init__(self, generator: ParameterGenerator, shapes: Mapping[str, tuple[int, ...]], join: nn.Module):
+        super().__init__(generator, shapes)
+        self.join = join
+
+    def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        made = self.generator.deltas(*self.join(*parts))
         return tuple(made[name].reshape(-1, *shape) for name, shape in self.shapes.items())
 
 
@@ -134,15 +151,31 @@ class GeneratorPart:
             return module
         return ParameterGenerator.from_pretrained(self.folder).fold_condition_independent(FOLD_BYTES)
 
-    def plan(self, spec: DeltaSpec | None, source: ConditionSource | None) -> Plan:
+    def plan(self, spec: DeltaSpec | None, source: ConditionSource | ComputedCondition | None) -> Plan:
         """Graphs and calls that make the deltas of ``spec``; without a base, under the generator's own names.
 
-        With a condition encoder and a ``source``, the condition is computed; otherwise it is an input.
+        With a condition encoder and a ``source``, or a base that computes it, the condition is computed;
+        otherwise it is an input.
         """
         made = self._outputs(spec)
         encoder = self.condition_encoder
         plan = Plan()
-        if encoder is not None and source is not None:
+        shapes = {key: shape for key, (_, shape) in made.items()}
+        outputs = [TensorSpec(name, "float32", ("batch", *shape)) for name, shape in made.values()]
+        if isinstance(source, ComputedCondition) and encoder is None:
+            width = source.inputs[0].shape[-1]
+            if width != self.config.input_dim:
+                raise CheckpointError(
+                    f"The base's condition has {width} channels",
+                    f"The generator's config.json says input_dim = {self.config.input_dim}",
+                    "Use a generator that was trained for this base",
+                )
+            plan.add(source.part)
+            module = GenerateFromParts(self._module, shapes, source.join)
+            plan.graphs.append(GraphSpec("generator", module, source.inputs, outputs))
+            plan.program.append(Call("generator", "request"))
+            return plan
+        if encoder is not None and isinstance(source, ConditionSource):
             condition = self._computed_condition(encoder, source)
             plan.graphs.append(
                 GraphSpec("condition", Condition(encoder), [source.text, source.latents], [condition])
@@ -160,9 +193,9 @@ class GeneratorPart:
         plan.graphs.append(
             GraphSpec(
                 "generator",
-                Generate(self._module, {key: shape for key, (_, shape) in made.items()}),
+                Generate(self._module, shapes),
                 [condition],
-                [TensorSpec(name, "float32", ("batch", *shape)) for name, shape in made.values()],
+                outputs,
             )
         )
         plan.program.append(Call("generator", "request"))

@@ -77,13 +77,16 @@ class Attention(nn.Module):
         self.W_v = nn.Linear(dim, dim)
         self.W_o = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, source: Tensor, rotary_q: Rotary, rotary_k: Rotary) -> Tensor:
-        """Queries from ``x`` ``[batch, n, dim]``, keys and values from ``source`` ``[batch, m, dim]``."""
+    def forward(
+        self, x: Tensor, source: Tensor, rotary_q: Rotary, rotary_k: Rotary, allowed: Tensor | None = None
+    ) -> Tensor:
+        """Queries from ``x`` ``[batch, n, dim]``, keys and values from ``source`` ``[batch, m, dim]``, of
+        which ``allowed`` (boolean ``[batch, 1, 1, m]``) says what may be seen."""
         heads = (-1, self.head_dim)
         query = rotate(self.W_q(x).unflatten(-1, heads), rotary_q).transpose(1, 2)
         key = rotate(self.W_k(source).unflatten(-1, heads), rotary_k).transpose(1, 2)
         value = self.W_v(source).unflatten(-1, heads).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = F.scaled_dot_product_attention(query, key, value, allowed)
         out: Tensor = self.W_o(attended.transpose(1, 2).flatten(-2))
         return out
 
@@ -126,9 +129,12 @@ class Block(nn.Module):
         attended = self.self_attn_hw(flat, flat, rotary_hw, rotary_hw)
         return x + attended.view(x.shape)
 
-    def attend_condition(self, x: Tensor, condition: Tensor, rotary_q: Rotary, rotary_k: Rotary) -> Tensor:
+    def attend_condition(
+        self, x: Tensor, condition: Tensor, rotary_q: Rotary, rotary_k: Rotary, allowed: Tensor | None
+    ) -> Tensor:
         """The cross-attention branch, all tokens to ``condition`` ``[batch, length, dim]``, and the MLP."""
-        attended: Tensor = self.self_attn_cross(self.norm3(x).flatten(1, 2), condition, rotary_q, rotary_k)
+        queries = self.norm3(x).flatten(1, 2)
+        attended: Tensor = self.self_attn_cross(queries, condition, rotary_q, rotary_k, allowed)
         x = x + attended.view(x.shape)
         transformed: Tensor = self.feed_forward(self.norm4(x))
         return x + transformed
@@ -210,10 +216,14 @@ class ParameterGenerator(nn.Module):
         outputs["scale"] = torch.full((), self.config.scale, dtype=dtype, device=condition.device)
         return outputs
 
-    def deltas(self, condition: Tensor) -> dict[str, Tensor]:
-        """As `forward`, but alpha / rank is already in B, by way of the Linear that makes B; no ``scale``."""
+    def deltas(self, condition: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """As `forward`, but alpha / rank is already in B, by way of the Linear that makes B; no ``scale``.
+
+        ``mask``, boolean ``[B, L]``, is false for padding at the end of a condition: the deltas are those of
+        the condition without it.
+        """
         project, scale = self.model.proj_out_B, self.config.scale
-        return self._generate(condition, project.weight * scale, project.bias * scale)
+        return self._generate(condition, project.weight * scale, project.bias * scale, mask)
 
     def fold_condition_independent(self, max_bytes: int = 16 << 20) -> ParameterGenerator:
         """A generator on the same weights in which what no condition changes is computed once, here.
@@ -225,8 +235,11 @@ class ParameterGenerator(nn.Module):
         elements = self.config.num_base_model_layers * self.layout.hw * self.config.d_model
         return self if elements * weight.element_size() > max_bytes else FoldedGenerator(self)
 
-    def _generate(self, condition: Tensor, weight_b: Tensor, bias_b: Tensor) -> dict[str, Tensor]:
+    def _generate(
+        self, condition: Tensor, weight_b: Tensor, bias_b: Tensor, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
         model = self.model
+        allowed = None if mask is None else mask[:, None, None]
         source = model.norm_input(self.hidden_in(self._checked(condition)))
         batch, length, _ = source.shape
         rotary_n, rotary_hw = self._token_rotary(source.dtype, source.device)
@@ -237,7 +250,7 @@ class ParameterGenerator(nn.Module):
         for index, block in enumerate(model.typed_blocks):
             if index > 0:
                 x = block.attend_tokens(x, rotary_n, rotary_hw)
-            x = block.attend_condition(x, source, rotary_q, rotary_k)
+            x = block.attend_condition(x, source, rotary_q, rotary_k, allowed)
         return self._detokenise(model.norm_final(x), weight_b, bias_b)
 
     def _checked(self, condition: Tensor) -> Tensor:

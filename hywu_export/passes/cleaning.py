@@ -45,7 +45,8 @@ def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
 
     Functions are inlined; what depends on constants alone is computed; identities, casts, expansions and
     transposes without effect go, as do common subexpressions and dead nodes; sequences become slices
-    (TensorRT has none); constants become initializers, equal ones become one.
+    (TensorRT has none), an Einsum that only permutes becomes a Transpose; constants become initializers,
+    equal ones become one.
 
     Initializers named in ``parameters`` lose their value: nothing is computed from them, and they keep
     their names.
@@ -56,6 +57,7 @@ def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
             value.const_value = None
     InlinePass()(model)
     IdentityEliminationPass()(model)
+    _permute_by_transpose(graph)
     limit = FOLDED_BYTES // 4
     for _ in range(MAX_ROUNDS):
         folded = fold_constants(
@@ -77,6 +79,22 @@ def clean(model: ir.Model, parameters: Collection[str]) -> ir.Model:
     RemoveUnusedNodesPass()(model)
     RemoveUnusedOpsetsPass()(model)
     return model
+
+
+def _permute_by_transpose(graph: ir.Graph) -> None:
+    """An Einsum of one tensor that names each of its axes once, before and after, is a Transpose."""
+    for node in list(graph):
+        if node.op_type != "Einsum" or len(node.inputs) != 1:
+            continue
+        before, arrow, after = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+        if not arrow or len(set(before)) < len(before) or sorted(before) != sorted(after):
+            continue
+        order = [before.index(axis) for axis in after]
+        transpose = ir.node("Transpose", node.inputs, {"perm": order}, name=node.name)
+        made, old = transpose.outputs[0], node.outputs[0]
+        made.name, made.shape, made.type = old.name, old.shape, old.type
+        transpose.metadata_props.update(node.metadata_props)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [transpose], [old], [made])
 
 
 def _measure_after_cast(graph: ir.Graph) -> None:

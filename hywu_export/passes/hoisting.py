@@ -19,13 +19,27 @@ from onnx_ir.convenience import extract
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.optimizer import fold_constants
 
-LEAST_FLOPS_PER_BYTE = 8.0
-"""Arithmetic that a moved value saves in each step, over the bytes that each step reads in its place. A CPU
-core does about ten operations in the time in which it reads a byte, a GPU a hundred."""
-MOST_BYTES = 2**29
-"""Memory for moved values at the sizes of the first probe; the least useful ones stay."""
-
 Dimension = int | str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What moves.
+
+    Attributes:
+        flops_per_byte: least arithmetic that a moved value saves in each step, over the bytes that each step
+            reads in its place.
+        bytes: memory for all moved values at the sizes of the first probe; the least useful ones stay.
+    """
+
+    flops_per_byte: float
+    bytes: float
+
+
+USEFUL = Limits(8.0, 2**29)
+"""A CPU core does about ten operations in the time in which it reads a byte, a GPU a hundred."""
+ANY_PRODUCT = Limits(0.1, math.inf)
+"""Also weights merged with deltas of small rank r, which save r / 2 a byte: they were asked for."""
 
 
 class _Known(NamedTuple):
@@ -64,7 +78,7 @@ def hoist(
     varying: Collection[str],
     probes: Sequence[Mapping[str, int]],
     prefix: str,
-    most_bytes: int = MOST_BYTES,
+    limits: Limits = USEFUL,
 ) -> tuple[ir.Model, list[Moved]] | None:
     """Moves work that depends on no input in ``varying`` out of ``model``, in place.
 
@@ -86,9 +100,9 @@ def hoist(
             if value in changing or not any(user.outputs[0] in changing for user in value.consumers()):
                 continue
             moved = _weigh(value, known, probes, prefix)
-            if moved is not None:
+            if moved is not None and moved.flops >= limits.flops_per_byte * moved.bytes:
                 candidates.append((value, moved))
-    chosen = _afford(candidates, most_bytes)
+    chosen = _afford(candidates, limits.bytes)
     if not chosen:
         return None
     used = [v for v in graph.inputs if v.uses()]
@@ -151,7 +165,7 @@ def _weigh(
     probes: Sequence[Mapping[str, int]],
     prefix: str,
 ) -> Moved | None:
-    """``value`` as a tensor between graphs; None if its shape has no name, or it saves too little."""
+    """``value`` as a tensor between graphs; None if its shape has no name."""
     name = str(value.name)
     if any(name not in values for values in known):
         return None
@@ -160,7 +174,7 @@ def _weigh(
     shape = _name_dimensions(found, probes)
     flops = _flops(value, known[0])
     size = math.prod(found[0]) * int(dtype.itemsize)
-    if shape is None or flops < LEAST_FLOPS_PER_BYTE * size:
+    if shape is None:
         return None
     factored = len(shape) > len(found[0])
     if factored and not all(isinstance(d, int) for d in shape[2:]):
@@ -221,7 +235,7 @@ def _reduction(node: ir.Node, known: Mapping[str, _Known]) -> int:
     return shape[0] if turned else shape[-1]
 
 
-def _afford(candidates: Sequence[tuple[ir.Value, Moved]], most_bytes: int) -> list[tuple[ir.Value, Moved]]:
+def _afford(candidates: Sequence[tuple[ir.Value, Moved]], most_bytes: float) -> list[tuple[ir.Value, Moved]]:
     """The candidates that save most for their size, in the order of the graph."""
     left, kept = most_bytes, set[str]()
     for _, moved in sorted(candidates, key=lambda c: -c[1].flops / c[1].bytes):

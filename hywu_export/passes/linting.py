@@ -34,6 +34,7 @@ OPERATORS = frozenset(
         "ConstantOfShape",
         "Conv",
         "Cos",
+        "DepthToSpace",
         "DequantizeLinear",
         "Div",
         "Equal",
@@ -82,12 +83,24 @@ OPERATORS = frozenset(
         "Squeeze",
         "Sub",
         "Tanh",
+        "TopK",
         "Transpose",
         "Unsqueeze",
         "Where",
     ]
 )
 """Operators that graphs may use: what editors need, each parsed by TensorRT-RTX in the tests."""
+
+MORE_OPERATORS = OPERATORS | frozenset(
+    """
+    Acos Acosh ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu ConvTranspose Cosh
+    CumSum DepthToSpace Einsum Elu GatherElements GatherND GlobalAveragePool GlobalMaxPool GridSample
+    GroupNormalization HardSigmoid HardSwish IsInf LeakyRelu LogSoftmax MaxPool Mean Mish Mod OneHot PRelu
+    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMin ReduceProd ReduceSumSquare ScatterElements
+    ScatterND Selu Sign Sinh Size Softplus Softsign SpaceToDepth Sum Tan ThresholdedRelu Tile TopK Trilu Xor
+    """.split()  # noqa: SIM905
+)
+"""Operators of any module: those of the standard that TensorRT's parser knows (its docs/operators.md)."""
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _OWN_TYPES = ("DequantizeLinear", "QuantizeLinear", "Resize")
@@ -112,17 +125,19 @@ def lint(
     axes: Collection[str],
     inputs: Sequence[TensorSpec] | None = None,
     outputs: Sequence[TensorSpec] | None = None,
+    operators: Collection[str] = OPERATORS,
 ) -> list[Finding]:
     """All violations of the rules for graphs; the model is not changed.
 
     Args:
         axes: names of the axes that the manifest declares.
         inputs, outputs: the declared signature, which the model must have. None: it is not compared.
+        operators: those that the graph may use.
     """
     with quiet():
         findings = [
             *_opsets(model),
-            *_operators(model),
+            *_operators(model, operators),
             *_names(model.graph),
             *_texts(model),
             *_external(model.graph),
@@ -148,13 +163,14 @@ def check(
     inputs: Sequence[TensorSpec] | None = None,
     outputs: Sequence[TensorSpec] | None = None,
     name: str = "graph",
+    operators: Collection[str] = OPERATORS,
 ) -> None:
     """Raises an error that lists the findings of :func:`lint`, if there are any.
 
     Raises:
         UnsupportedError: the graph breaks a rule.
     """
-    findings = lint(model, axes, inputs, outputs)
+    findings = lint(model, axes, inputs, outputs, operators)
     if findings:
         shown = "; ".join(str(finding) for finding in findings[:5])
         more = f" (and {len(findings) - 5} more)" if len(findings) > 5 else ""
@@ -175,9 +191,9 @@ def _opsets(model: ir.Model) -> Iterator[Finding]:
         yield Finding("opset", function.name, "functions must be inlined")
 
 
-def _operators(model: ir.Model) -> Iterator[Finding]:
+def _operators(model: ir.Model, allowed: Collection[str]) -> Iterator[Finding]:
     for node in model.graph:
-        if node.domain != "" or node.op_type not in OPERATORS:
+        if node.domain != "" or node.op_type not in allowed:
             operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
             yield Finding("operator", node.name or "a node", f"operator {operator} is not on the list")
 

@@ -36,7 +36,7 @@ def name_by_scope(model: ir.Model, parameters: Collection[str]) -> ir.Model:
         node.doc_string = None
     for number, value in enumerate(dict.fromkeys(constants)):
         _rename_initializer(graph, value, f"constant/{number}")
-    _order_initializers(graph)
+    order_initializers(graph)
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
         value.doc_string = None
@@ -77,7 +77,7 @@ def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
     graph.initializers[name] = value
 
 
-def _order_initializers(graph: ir.Graph) -> None:
+def order_initializers(graph: ir.Graph) -> None:
     """Parameters and constants in the order of first use; unused ones go."""
     order = dict.fromkeys(v for node in graph for v in node.inputs if v is not None and v.is_initializer())
     order.update(dict.fromkeys(v for v in graph.outputs if v.is_initializer()))

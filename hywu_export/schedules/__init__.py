@@ -7,25 +7,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hywu_export.schedules.samplers import make_scheduler, sampler_name
+    from hywu_export.schedules.shift import Shift, euler, shift_table
+    from hywu_export.schedules.start import with_start
     from hywu_export.schedules.table import ScheduleTable, write_schedules
     from hywu_export.schedules.trace import trace_scheduler
     from hywu_export.schedules.update import apply_row
 
 __all__ = [
     "ScheduleTable",
+    "Shift",
     "apply_row",
+    "euler",
     "make_scheduler",
     "sampler_name",
+    "shift_table",
     "trace_scheduler",
+    "with_start",
     "write_schedules",
 ]
 
 _HOMES = {
     "ScheduleTable": "table",
+    "Shift": "shift",
     "apply_row": "update",
+    "euler": "shift",
     "make_scheduler": "samplers",
     "sampler_name": "samplers",
+    "shift_table": "shift",
     "trace_scheduler": "trace",
+    "with_start": "start",
     "write_schedules": "table",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from hywu_runtime.errors import InputError, UnsupportedError
@@ -16,7 +16,7 @@ class Scheduler(Protocol):
     config: Any
     timesteps: Any
 
-    def set_timesteps(self, num_inference_steps: int) -> None: ...
+    def set_timesteps(self, num_inference_steps: int, **options: Any) -> None: ...
 
     def step(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -44,6 +44,7 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lms": ("LMSDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {}),
     "sa_solver": ("SASolverScheduler", {}),
+    "scm": ("SCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
@@ -94,7 +95,9 @@ def sampler_name(scheduler: Scheduler) -> str:
     return name + "".join(endings)
 
 
-def make_scheduler(sampler: str | type, config: Mapping[str, Any]) -> Scheduler:
+def make_scheduler(
+    sampler: str | type, config: Mapping[str, Any], check: Callable[[Scheduler], None] | None = None
+) -> Scheduler:
     """Build another sampler from the configuration of a pipeline's scheduler.
 
     Args:
@@ -102,11 +105,13 @@ def make_scheduler(sampler: str | type, config: Mapping[str, Any]) -> Scheduler:
             (``dpmpp_2m_karras``; without an ending the usual spacing), a diffusers class name, or a class.
             A short name decides the settings that it stands for; everything else is the configuration's.
         config: ``pipeline.scheduler.config`` or an equal mapping.
+        check: raises UnsupportedError for what cannot become a table; by default `check_supported`, which is
+            for schedulers that will be traced.
 
     Raises:
         InputError: no such sampler, or it cannot be built from this configuration.
-        UnsupportedError: the result could not be traced. Nothing is switched off silently: DDIM, for one,
-            clips unless the configuration says ``clip_sample: False``.
+        UnsupportedError: the result could not become a table. Nothing is switched off silently: DDIM, for
+            one, clips unless the configuration says ``clip_sample: False``.
     """
     cls, settings = (sampler, {}) if isinstance(sampler, type) else _resolve(sampler)
     if not hasattr(cls, "from_config"):
@@ -118,8 +123,19 @@ def make_scheduler(sampler: str | type, config: Mapping[str, Any]) -> Scheduler:
             f"{cls.__name__} cannot be built from this configuration ({error})",
             "the configuration of a scheduler that is compatible with it",
         ) from error
-    check_supported(scheduler)
+    (check or check_supported)(scheduler)
     return scheduler
+
+
+def set_steps(scheduler: Scheduler, steps: int) -> Any:
+    """Sets a step count as pipelines set it; the timestep of every evaluation, a tensor ``[R]``."""
+    if type(scheduler).__name__ == "SCMScheduler":
+        # SANA-Sprint's pipelines: 1.3 is the middle of two steps, and 0, where the last ends, is none.
+        options: dict[str, Any] = {"intermediate_timesteps": 1.3 if steps == 2 else None}
+        scheduler.set_timesteps(steps, **options)
+        return scheduler.timesteps[:-1]
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps
 
 
 def check_supported(scheduler: Scheduler) -> None:

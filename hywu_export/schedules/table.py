@@ -22,7 +22,8 @@ class ScheduleTable:
     """All step counts 1…M of one sampler.
 
     A row holds K = 2·history + 4 coefficients: of the model input, of the latents, of the model output, of
-    the noise, then pairs for the latents and the model output of 1, 2, … evaluations ago.
+    the noise, then pairs for the latents and the model output of 1, 2, … evaluations ago. A row of noise
+    levels that the step graph shifts (`schedules.shift`) has no history and a meaning of its own.
     """
 
     name: str
@@ -33,6 +34,8 @@ class ScheduleTable:
     coefficients: npt.NDArray[np.float32]  # [rows, K]
     initial_scale: npt.NDArray[np.float32]  # [M+1]; deviation of the first latents, 0 if refused
     stochastic: bool  # some row uses noise
+    start: npt.NDArray[np.float32] | None = None  # [rows, S]; how a request begins that starts at a row
+    order: int | None = None  # evaluations of a step, if requests may start at any (schedules.start)
 
     def rows(self, steps: int) -> slice:
         """The rows of a step count; empty if the sampler refuses it."""
@@ -81,6 +84,8 @@ def write_schedules(path: str | os.PathLike[str], tables: Mapping[str, ScheduleT
         tensors[f"{name}.timesteps"] = np.ascontiguousarray(wide.timesteps, dtype=np.float32)
         tensors[f"{name}.coefficients"] = np.ascontiguousarray(wide.coefficients, dtype=np.float32)
         tensors[f"{name}.initial_scale"] = np.ascontiguousarray(wide.initial_scale, dtype=np.float32)
+        if wide.start is not None:
+            tensors[f"{name}.start"] = np.ascontiguousarray(wide.start, dtype=np.float32)
     _replace(Path(path), save(tensors))
 
 

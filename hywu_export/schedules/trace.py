@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hywu_export.schedules.samplers import Scheduler, check_supported, sampler_name
+from hywu_export.schedules.samplers import Scheduler, check_supported, sampler_name, set_steps
 from hywu_export.schedules.table import ScheduleTable
 from hywu_export.schedules.update import apply_row
 from hywu_runtime.errors import InputError, UnsupportedError
@@ -135,10 +135,9 @@ class _Run:
         self.scheduler: Any = copy.deepcopy(scheduler)
         self.steps = steps
         try:
-            self.scheduler.set_timesteps(steps)
+            self.timesteps: Tensor = set_steps(self.scheduler, steps)
         except Exception as error:  # schedulers refuse with whatever comes to hand
             raise _StepsRefusedError(scheduler, steps, error) from error
-        self.timesteps: Tensor = self.scheduler.timesteps
         self.initial_scale = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
     def evaluate(self, k: int, x: Tensor, m: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +242,7 @@ def _verify(scheduler: Scheduler, table: ScheduleTable, step_counts: Iterable[in
     """Raise UnsupportedError unless random trajectories with the table are those of the real scheduler."""
     for steps in step_counts:
         for seed, scale in enumerate((1.0, 30.0, 1.0, 30.0)):
-            error = _trajectory_error(scheduler, table, steps, scale, seed)
+            error = trajectory_error(scheduler, table, steps, scale, seed)
             if not error <= _TOLERANCE:
                 raise UnsupportedError(
                     f"{table.class_name} is not linear in latents, model outputs and one draw of noise: with "
@@ -253,20 +252,27 @@ def _verify(scheduler: Scheduler, table: ScheduleTable, step_counts: Iterable[in
                 )
 
 
-def _trajectory_error(
-    scheduler: Scheduler, table: ScheduleTable, steps: int, scale: float, seed: int
+def trajectory_error(
+    scheduler: Scheduler, table: ScheduleTable, steps: int, scale: float, seed: int, first: int | None = None
 ) -> float:
-    """The largest difference on a random trajectory, relative to the largest number so far."""
+    """The largest difference on a random trajectory, relative to the largest number so far.
+
+    With ``first``, it is one that starts at this evaluation from latents with noise.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(factor: float) -> Tensor:
         return factor * torch.randn((2, 3, 4, 5), generator=generator, dtype=torch.float64)
 
     run = _Run(scheduler, steps)
-    real = latents = normal(scale * run.initial_scale)
+    if first is None:
+        real = latents = normal(scale * run.initial_scale)
+    else:
+        real, latents = _both_started(run, table, first, normal(scale), normal(1.0))
     history = torch.zeros((2, 2 * table.history, 3, 4, 5), dtype=torch.float64)
     peak, worst = real.abs().max(), torch.zeros((), dtype=torch.float64)
-    for k, row in enumerate(torch.from_numpy(table.coefficients[table.rows(steps)]).double()):
+    rows = torch.from_numpy(table.coefficients[table.rows(steps)]).double()
+    for k, row in list(enumerate(rows))[first or 0 :]:
         m, noise = normal(scale), normal(1.0)
         model_input, real = run.evaluate(k, real, m, noise)
         terms, _ = apply_row(row.abs(), latents.abs(), m.abs(), noise.abs(), history.abs())
@@ -275,3 +281,17 @@ def _trajectory_error(
         peak = torch.maximum(peak, terms.max())
         worst = torch.maximum(worst, torch.maximum(difference, (latents - real).abs().max()) / peak)
     return float(worst)
+
+
+def _both_started(
+    run: _Run, table: ScheduleTable, first: int, latents: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first latents of a request that starts at an evaluation: the scheduler's, and the table's."""
+    from hywu_export.schedules.start import noised
+
+    assert table.start is not None
+    real = noised(run.scheduler, run.timesteps, first, latents, noise)
+    if hasattr(run.scheduler, "set_begin_index"):
+        run.scheduler.set_begin_index(first)
+    row = table.start[table.rows(run.steps)][first].astype(np.float64)
+    return real, row[0] * latents + row[1] * noise

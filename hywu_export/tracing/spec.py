@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hywu_runtime.codec import encode
 from hywu_runtime.errors import UnsupportedError
+from hywu_runtime.manifest import Term
 
 if TYPE_CHECKING:
     from torch import nn
 
+TILE = "hywu.tile"
 DTYPES = ("uint8", "int32", "int64", "float16", "float32")
 
 
@@ -36,11 +39,20 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Inferred(TensorSpec):
+    """An output whose dtype and shape are those that tracing finds."""
+
+    dtype: str = "float32"
+    shape: tuple[int | str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Axis:
     """A free dimension, as in the manifest.
 
     Either a root axis, with its limits (``multiple`` divides every size), or, with ``of``, an axis that is
-    exactly ``1/divide`` of another. ``one_or`` names the axis whose size this one takes unless it is 1.
+    exactly ``1/divide`` of another, or a ``sum`` of products of root axes. ``one_or`` names the axis whose
+    size this one takes unless it is 1.
     """
 
     min: int = 1
@@ -49,9 +61,12 @@ class Axis:
     of: str | None = None
     divide: int = 1
     one_or: str | None = None
+    sum: tuple[Term, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """The axis as the manifest writes it."""
+        if self.sum:
+            return {"sum": encode(self.sum)}
         if self.of is not None:
             return {"of": self.of, "divide": self.divide}
         entry: dict[str, object] = {"min": self.min, "max": self.max}
@@ -69,7 +84,9 @@ class GraphSpec:
     ``module.forward`` takes the inputs positionally, in the order of ``inputs``, and returns a tuple in the
     order of ``outputs``. Parameters become initializers under their names in ``module``, which are
     ``<component>.<name in the component's checkpoint>``. ``example_sizes`` overrides the size that tracing
-    uses for an axis.
+    uses for an axis. ``tile`` is the largest side, in pixels, of the tiles that the module cuts a picture
+    into; the graph has it as the metadata property `TILE`. ``integers`` says from where to where (exclusive)
+    integers of an input make sense, for random ones; otherwise they are 0 and 1.
     """
 
     name: str
@@ -77,6 +94,8 @@ class GraphSpec:
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     example_sizes: Mapping[str, int] = field(default_factory=dict)
+    tile: int | None = None
+    integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def resolve_axis(name: str, axes: Mapping[str, Axis]) -> tuple[str, int]:

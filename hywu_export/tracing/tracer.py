@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,12 @@ from hywu_export.passes.delta_axis import free_delta_axis
 from hywu_export.passes.naming import name_by_scope
 from hywu_export.passes.quiet import quiet
 from hywu_export.tracing.fake import traceable
-from hywu_export.tracing.spec import Axis, GraphSpec, TensorSpec, resolve_axis
+from hywu_export.tracing.sizes import Sizes
+from hywu_export.tracing.spec import DTYPES, TILE, Axis, GraphSpec, Inferred, TensorSpec, resolve_axis
 from hywu_runtime.errors import UnsupportedError
 
 OPSET = 20
+_SIGNATURE_TYPES = {ir.DataType.from_numpy(np.dtype(name)).name: name for name in DTYPES}
 IR_VERSION = 10
 
 
@@ -38,6 +40,9 @@ class TracedGraph:
         initializers: initializer name → parameter name (``<component>.<name in the checkpoint>``).
         inputs, outputs: the declared signature, which the model has.
         aliases: parameter name → the other names of the same tensor, where parameters are tied.
+        values: name → dtype and shape of the values between nodes that could be inputs and outputs.
+        axes: the axes of these shapes that nothing declares, by name.
+        stage, stage_of: as in the manifest.
     """
 
     name: str
@@ -46,13 +51,20 @@ class TracedGraph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    values: dict[str, TensorSpec] = field(default_factory=dict)
+    axes: dict[str, Axis] = field(default_factory=dict)
+    stage: int = 0
+    stage_of: str | None = None
 
     def signature(self) -> dict[str, object]:
-        """Inputs and outputs as the manifest writes them."""
-        return {
+        """Inputs and outputs as the manifest writes them, and the stage."""
+        signature: dict[str, object] = {
             "inputs": [tensor.to_dict() for tensor in self.inputs],
             "outputs": [tensor.to_dict() for tensor in self.outputs],
         }
+        if self.stage_of is not None:
+            signature |= {"stage": self.stage, "stage_of": self.stage_of}
+        return signature
 
 
 def trace(spec: GraphSpec, axes: Mapping[str, Axis]) -> TracedGraph:
@@ -68,10 +80,10 @@ def trace(spec: GraphSpec, axes: Mapping[str, Axis]) -> TracedGraph:
             declared, or uses something that has no form in the allowed operators.
     """
     with quiet():
-        return _trace(spec, _Sizes(spec, axes))
+        return _trace(spec, _Sizes(spec, axes), axes)
 
 
-def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
+def _trace(spec: GraphSpec, sizes: _Sizes, axes: Mapping[str, Axis]) -> TracedGraph:
     arguments = tuple(torch.zeros(sizes.example(t), dtype=getattr(torch, t.dtype)) for t in spec.inputs)
     with traceable(spec.module), torch.no_grad():
         try:
@@ -84,7 +96,7 @@ def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
                 f"The module must work for every size of {', '.join(sizes.named_axes())}",
                 "Correct the limits or the multiple of the axis, or the module's use of its size",
             ) from error
-        symbols = _check_program(spec, sizes, program)
+        symbols, outputs, units, same = _check_program(spec, sizes, program)
         try:
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False
@@ -100,20 +112,33 @@ def _trace(spec: GraphSpec, sizes: _Sizes) -> TracedGraph:
     model.ir_version = IR_VERSION
     signature = program.graph_signature
     parameters = {*signature.parameters, *(set(signature.buffers) - set(signature.non_persistent_buffers))}
-    _declare(model, spec, symbols)
+    _declare(model, spec.inputs, outputs, symbols)
     clean(model, parameters)
+    names = Sizes(axes, units, same)
+    shapes = {value: value.shape for node in model.graph for value in node.outputs if value.shape is not None}
     if sizes.shared_axes:
         free_delta_axis(model, sizes.shared_axes, spec.name)
+        shapes = {  # of what the sets of deltas are in, the shape with their axis
+            value: shape if value.shape is None or not _has(value.shape, sizes.shared_axes) else value.shape
+            for value, shape in shapes.items()
+        }
+    types = {value: value.dtype for value in shapes}
     name_by_scope(model, parameters)
-    _sign(model.graph, spec)  # passes may have merged the shape of an output with what they inferred
+    if spec.tile is not None:
+        model.metadata_props[TILE] = str(spec.tile)
+    _sign(
+        model.graph, spec.inputs, outputs
+    )  # passes may have merged the shape of an output with what they inferred
     used = [name for name in model.graph.initializers if name in parameters]
     return TracedGraph(
         name=spec.name,
         model=model,
         initializers={name: name for name in used},
         inputs=tuple(spec.inputs),
-        outputs=tuple(spec.outputs),
+        outputs=outputs,
         aliases=_aliases(spec.module, used),
+        values=_values_between(model.graph, shapes, types, names),
+        axes=names.made,
     )
 
 
@@ -187,8 +212,14 @@ class _Sizes:
         return self._roots[name], self.factors[name]
 
 
-def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> dict[str, str]:
-    """Compares the exported signature with the declared one; returns torch's size expression → axis name."""
+def _check_program(
+    spec: GraphSpec, sizes: _Sizes, program: ExportedProgram
+) -> tuple[dict[str, str], tuple[TensorSpec, ...], dict[str, sympy.Expr], dict[sympy.Expr, sympy.Expr]]:
+    """Compares the exported signature with the declared one.
+
+    Returns torch's size expression → axis name; the outputs; root axis → torch's symbol for its unit; and
+    what other symbols of torch's are in these.
+    """
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     inputs = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
     outputs = [
@@ -200,6 +231,7 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
         )
     units: dict[str, sympy.Expr] = {}  # root axis → its unit, in torch's symbols
     names: dict[str, str] = {}
+    same: dict[sympy.Expr, sympy.Expr] = {}  # torch may have a symbol per input for one axis
     for tensor, value in zip(spec.inputs, inputs):
         for declared, actual in zip(tensor.shape, value.shape):
             if not isinstance(declared, str) or declared in sizes.shared_axes:
@@ -207,15 +239,22 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
             if isinstance(actual, int):
                 raise _frozen(spec, tensor, declared, actual)
             root, factor = sizes.unit_key(declared)
-            units.setdefault(root, actual.node.expr / factor)
+            unit = units.setdefault(root, actual.node.expr / factor)
+            if actual.node.expr.is_Symbol and unit != actual.node.expr / factor:
+                same[actual.node.expr] = unit * factor
             names.setdefault(str(actual), declared)
+    found: list[TensorSpec] = []
     for tensor, value in zip(spec.outputs, outputs):
         if not isinstance(value, torch.Tensor):
             raise UnsupportedError(
                 f"Output {tensor.name!r} of graph {spec.name!r} is {value!r}", "Outputs are tensors"
             )
+        if isinstance(tensor, Inferred):
+            found.append(_found(spec, tensor.name, value, names))
+            continue
+        found.append(tensor)
         expected = [_expression(d, sizes, units) for d in tensor.shape]
-        actual = [d if isinstance(d, int) else d.node.expr for d in value.shape]
+        actual = [d if isinstance(d, int) else d.node.expr.subs(same) for d in value.shape]
         dtype = str(value.dtype).removeprefix("torch.")
         if len(expected) != len(actual) or any(sympy.simplify(e - a) != 0 for e, a in zip(expected, actual)):
             for declared, size in zip(tensor.shape, actual):
@@ -231,7 +270,20 @@ def _check_program(spec: GraphSpec, sizes: _Sizes, program: ExportedProgram) -> 
                 f"Output {tensor.name!r} of graph {spec.name!r} is {dtype}",
                 f"It is declared as {tensor.dtype}",
             )
-    return names
+    return names, tuple(found), units, same
+
+
+def _found(spec: GraphSpec, name: str, value: torch.Tensor, names: Mapping[str, str]) -> TensorSpec:
+    """An output as it is in the exported program."""
+    sizes: list[Any] = list(value.shape)
+    shape = [size if isinstance(size, int) else names.get(str(size), "") for size in sizes]
+    if "" in shape:
+        raise UnsupportedError(
+            f"Output {name!r} of graph {spec.name!r} has a size of {sizes[shape.index('')]}",
+            f"A free size is that of an axis of the inputs: {', '.join(names.values()) or 'none'}",
+            "Reshape the output in the module, or give its inputs an axis of that size",
+        )
+    return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
 
 
 def _expression(dimension: int | str, sizes: _Sizes, units: Mapping[str, sympy.Expr]) -> Any:
@@ -256,7 +308,9 @@ def _frozen(spec: GraphSpec, tensor: TensorSpec, axis: str, size: int) -> Unsupp
     )
 
 
-def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> None:
+def _declare(
+    model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], symbols: Mapping[str, str]
+) -> None:
     """Gives inputs, outputs and axes their declared names."""
     graph = model.graph
     for value in _values(graph):
@@ -272,12 +326,12 @@ def _declare(model: ir.Model, spec: GraphSpec, symbols: Mapping[str, str]) -> No
             node.outputs[0].type = output.type
             graph.append(node)
             graph.outputs[index] = node.outputs[0]
-    _sign(graph, spec)
+    _sign(graph, inputs, outputs)
 
 
-def _sign(graph: ir.Graph, spec: GraphSpec) -> None:
+def _sign(graph: ir.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     """Writes the signature, which :func:`_check_program` found to be true, onto inputs and outputs."""
-    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+    for values, tensors in ((graph.inputs, inputs), (graph.outputs, outputs)):
         for value, tensor in zip(values, tensors):
             value.name = tensor.name
             value.shape = ir.Shape(list(tensor.shape))
@@ -301,6 +355,29 @@ def _aliases(module: torch.nn.Module, used: Collection[str]) -> dict[str, tuple[
         for name in group
         if name in used
     }
+
+
+def _has(shape: ir.Shape, axes: Collection[str]) -> bool:
+    return any(isinstance(d, ir.SymbolicDim) and d.value in axes for d in shape)
+
+
+def _values_between(
+    graph: ir.Graph,
+    shapes: Mapping[ir.Value, ir.Shape],
+    types: Mapping[ir.Value, ir.DataType | None],
+    names: Sizes,
+) -> dict[str, TensorSpec]:
+    """Values between nodes whose dtype a signature may have, and whose sizes follow from axes."""
+    found = {}
+    for value in (value for node in graph for value in node.outputs):
+        dtype = types.get(value)
+        if value not in shapes or value.name is None or dtype is None or dtype.name not in _SIGNATURE_TYPES:
+            continue
+        dimensions = [names.name(d if isinstance(d, int) else d.value) for d in shapes[value]]
+        if None not in dimensions:
+            shape = tuple(d for d in dimensions if d is not None)
+            found[value.name] = TensorSpec(value.name, _SIGNATURE_TYPES[dtype.name], shape)
+    return found
 
 
 def _excerpt(error: BaseException, limit: int = 400) -> str:

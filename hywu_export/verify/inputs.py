@@ -90,6 +90,8 @@ class RandomInputs:
             return self._random.uniform(0.5, 2.0, shape)
         if dtype == np.uint8:
             return self._random.integers(0, 256, shape, np.uint8)
+        if dtype.kind == "i":
+            return self._random.integers(*self._graph.integers.get(name, (0, 2)), shape)
         # The deltas of a trained generator are small beside the weights.
         scale = 0.1 if name.endswith((".lora_A", ".lora_B")) else 1.0
         return self._random.standard_normal(shape) * scale
@@ -111,4 +113,4 @@ class RandomInputs:
         assert section is not None  # the manifest's reader has checked it
         rows = Schedule(self._bundle.file(section.file), section).rows()
         values: Array = np.asarray(getattr(rows, column))
-        return values if column == "initial_scale" else values[len(rows) // 2]
+        return values[len(rows) // 2] if column in ("timesteps", "coefficients") else values

@@ -14,7 +14,7 @@ from hywu_export.verify.pictures import Wish, wishes
 from hywu_export.verify.subjects import Comparison, EngineSubject, VariantSubject, recording
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.engines import BATCH, check_key
-from hywu_runtime.errors import DeviceError, EngineError, InputError
+from hywu_runtime.errors import DeviceError, EngineError, InputError, UnsupportedError
 from hywu_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -52,6 +52,12 @@ def verify(
     given = {"base": base, "generator": generator}
     folders = {name: Path(folder) for name, folder in given.items() if folder is not None}
     ours = _known(manifest, variants, engines)
+    if manifest.results.outputs and not any(ours):
+        raise UnsupportedError(
+            "This bundle was made from a module in memory",
+            "The code of a family is what graphs are compared with",
+            "Compare what `Editor.run` gives with the module, as docs/any-module.md does",
+        )
     if (folders and set(folders) != set(manifest.sources)) or not (folders or any(ours)):
         there = "" if folders else ", and has no variants or engines to compare with it"
         raise InputError(
@@ -92,7 +98,7 @@ def _known(
 def _against_torch(bundle: Bundle, folders: Mapping[str, Path], tell: Progress) -> list[Check]:
     from hywu_export.verify.original import Original, check_edit, check_graph
 
-    original: Original = Original(bundle.manifest, folders.get("base"), folders.get("generator"))
+    original: Original = Original(bundle, folders.get("base"), folders.get("generator"))
     total = len(original.plan.graphs) + 1
     checks = []
     for done, graph in enumerate(original.plan.graphs):
@@ -163,9 +169,9 @@ def _compare_generation(bundle: Bundle, axes: Mapping[str, int], group: Sequence
 
     manifest = bundle.manifest
     random = np.random.default_rng(SEED)
-    sizes = {name: axes.get(name, axis.min or 1) for name, axis in manifest.axes.items() if axis.of is None}
+    sizes = {name: axes.get(name, axis.min or 1) for name, axis in manifest.axes.items() if not axis.derived}
     sizes |= {BATCH: axes.get(BATCH, 1)}
-    sizes |= {n: sizes[a.of] // (a.divide or 1) for n, a in manifest.axes.items() if a.of is not None}
+    sizes |= {name: axis.size(sizes) or 1 for name, axis in manifest.axes.items() if axis.derived}
     inputs = {
         name: np.asarray(random.standard_normal(resolve_shape(manifest, name, sizes)), tensor.dtype)
         for name, tensor in manifest.tensors.items()

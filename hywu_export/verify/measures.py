@@ -138,6 +138,8 @@ TORCH = Tolerance("relative", 1e-4)
 """ONNX Runtime against torch, both FP32: they sum in another order."""
 LEVEL = Tolerance("levels", 1)
 """uint8 of two FP32 computations: what lies on the border may round either way."""
+TILED = Tolerance("psnr_db", 30, "the VAE works in tiles")
+"""A picture decoded in tiles against one decoded as a whole: rims and norms are a tile's."""
 
 SQNR_FLOORS: Mapping[Precision, float] = {"fp16": 35, "bf16": 18, "int8-weights": 20, "int8": 10}
 """dB that every output of a graph must reach, from the noise of a rounding and what a deep graph adds to it.

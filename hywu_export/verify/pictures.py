@@ -15,7 +15,7 @@ from hywu_export.verify.inputs import PROMPTS, SEED
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.deltas import Deltas
 from hywu_runtime.editor import Editor
-from hywu_runtime.manifest import Guidance, ImagePolicy, Manifest
+from hywu_runtime.manifest import Guidance, ImagePolicy, Manifest, is_guided
 
 EDIT_STEPS = 4
 EDIT_SIDE = 256  # pixels; larger models are edited at no more than this
@@ -33,7 +33,8 @@ class Wish:
 
     def edit(self, editor: Editor) -> npt.NDArray[np.uint8]:
         """The pictures, uint8 ``[batch, H, W, 3]``."""
-        requests = [(photo, self.prompt) for photo in self.photos]
+        several = editor.limits().photos
+        requests = [(photo if several == 1 else [photo] * several, self.prompt) for photo in self.photos]
         pictures = editor.edit_batch(requests, **self.options, output="array")
         return np.stack([np.asarray(picture, np.uint8) for picture in pictures])
 
@@ -91,16 +92,17 @@ def wishes(
         found.append(Wish("edit without deltas", photos, text, {**options, "delta_strength": 0.0}))
     else:
         found.append(Wish("edit", photos, text, options))
-    if manifest.guidance and {call.guided for call in manifest.program} >= {True, False}:
-        guided = all(scale.satisfied(scale.default) for scale in manifest.guidance)
-        other = {scale.name: _other(scale, not guided) for scale in manifest.guidance}
+    deciding = [scale for scale in manifest.guidance if scale.decides]
+    if deciding and {call.guided for call in manifest.program} >= {True, False}:
+        guided = is_guided(deciding)
+        other = {scale.name: _other(scale, not guided) for scale in deciding}
         name = "edit without guidance" if guided else "edit with guidance"
         found.append(Wish(name, photos, text, {**found[0].options, "guidance": other}))
     return found
 
 
 def _other(scale: Guidance, guided: bool) -> float:
-    """A scale that asks for guidance, or one that does not."""
+    """A value of a scale with a condition that asks for guidance, or one that does not."""
     limit = scale.above if scale.above is not None else scale.at_least or 0.0
     if guided:
         return limit + 0.5
@@ -115,8 +117,8 @@ def _inputs(manifest: Manifest, axes: Mapping[str, int], side: int) -> dict[str,
         if isinstance(dimension, int):
             return dimension
         axis = manifest.axes[dimension]
-        if axis.of is not None:
-            return size(axis.of) // (axis.divide or 1)
+        if axis.derived:
+            return axis.size({root: size(root) for term in axis.terms for root in term.of}) or 1
         return axes.get(
             dimension, min(max(axis.min or 1, side // axis.multiple * axis.multiple), axis.max or 1)
         )

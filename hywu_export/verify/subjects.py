@@ -55,7 +55,7 @@ class Emulator(OnnxRuntime):
         self._graphs = {bundle.file(file): graph for graph, file in graphs.items()}
         self._loaded: dict[Path, OrtSession] = {}
 
-    def load(self, file: Path, weights: Mapping[str, Weight]) -> OrtSession:
+    def load(self, file: Path, weights: Mapping[str, Weight], stage: int = 0) -> OrtSession:
         """See :class:`hywu_runtime.backends.Backend`."""
         from hywu_export.bundle.sessions import load_model
         from hywu_export.bundle.variants import load_graph
@@ -197,7 +197,7 @@ class Recorder:
         self.allocate, self.enter, self.mark, self.wait = inner.allocate, inner.enter, inner.mark, inner.wait
         self.sequence = inner.sequence
 
-    def load(self, file: Any, weights: Any) -> Any:
+    def load(self, file: Any, weights: Any, stage: int = 0) -> Any:
         return _RecordedSession(self._inner.load(file, weights), file, self._seen)
 
 

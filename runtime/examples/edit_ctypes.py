@@ -35,6 +35,7 @@ class EditParams(ctypes.Structure):
         ("noise", ctypes.c_void_p), ("latents", ctypes.c_void_p),
         ("inputs", ctypes.c_void_p), ("input_count", ctypes.c_size_t),
         ("progress", ctypes.c_void_p), ("progress_user", ctypes.c_void_p), ("cancel", ctypes.c_void_p),
+        ("strength", ctypes.c_double), ("photo_count", ctypes.c_size_t),
     ]  # fmt: skip
 
 

@@ -123,6 +123,31 @@ public:
         }
         return value;
     }
+    // A number above 0 and at most 1.
+    std::optional<double> part(const std::string& name) const {
+        const std::optional<double> value = number(name);
+        if (value && !(*value > 0 && *value <= 1)) {
+            throw bad_argument(name + " is \"" + *text(name) + "\"",
+                               "Expected a number above 0 and at most 1", "Correct it");
+        }
+        return value;
+    }
+    // X, the scale called text, or NAME=X, repeated.
+    std::map<std::string, std::vector<double>> scales(const std::string& name) const {
+        std::map<std::string, std::vector<double>> result;
+        for (const std::string& given : texts(name)) {
+            const std::size_t equals = given.rfind('=');
+            const std::string number = equals == std::string::npos ? given : given.substr(equals + 1);
+            char* end = nullptr;
+            const double value = std::strtod(number.c_str(), &end);
+            if (number.empty() || *end != '\0') {
+                throw bad_argument(name + " is \"" + given + "\"", "Expected a number, or NAME=NUMBER",
+                                   "Correct it");
+            }
+            result[equals == std::string::npos ? "text" : given.substr(0, equals)] = {value};
+        }
+        return result;
+    }
     // WIDTHxHEIGHT, or one number for a square.
     std::optional<std::pair<std::int32_t, std::int32_t>> size(const std::string& name) const {
         const std::optional<std::string> given = text(name);

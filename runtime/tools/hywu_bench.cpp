@@ -28,8 +28,9 @@ const std::vector<Option> options = {
     {"--prompt", "TEXT", "The instruction.  [default: \"make it sepia\"]"},
     {"--batch", "N", "Samples of one edit, each with its own deltas.  [default: 1]"},
     {"--steps", "N", "Steps of the scheduler.  [default: the bundle's]"},
+    {"--strength", "X", "Part of the steps to run, from the photo on.  [default: the bundle's]"},
     {"--scheduler", "NAME", "One of the bundle's schedulers.  [default: its first]"},
-    {"--guidance", "X", "Guidance by the prompt.  [default: the bundle's]"},
+    {"--guidance", "[NAME=]X", "Guidance by the prompt, or the scale of that name; repeat for more.", true},
     {"--image-guidance", "X", "Guidance by the photo.  [default: the bundle's]"},
     {"--size", "WxH", "Size of the picture.  [default: near the photo's]"},
     {"--runs", "N", "Edits that are measured.  [default: 20]"},
@@ -121,8 +122,9 @@ int bench(int count, char** values) {
 
     hywu::EditOptions request;
     request.steps = static_cast<std::int32_t>(arguments.integer("--steps", 1, 1 << 30).value_or(0));
+    request.strength = arguments.part("--strength").value_or(0);
     request.sampler = arguments.text("--scheduler").value_or("");
-    if (const auto x = arguments.number("--guidance")) request.guidance["text"] = {*x};
+    request.guidance = arguments.scales("--guidance");
     if (const auto x = arguments.number("--image-guidance")) request.guidance["image"] = {*x};
     if (const auto size = arguments.size("--size")) std::tie(request.width, request.height) = *size;
     hywu::tools::Image photo;
@@ -145,8 +147,12 @@ int bench(int count, char** values) {
             }
         }
     }
-    const std::vector<hywu::Sample> samples(batch, {{photo.pixels.data(), photo.width, photo.height},
-                                                    arguments.text("--prompt").value_or("make it sepia")});
+    hywu::Sample sample = {{photo.pixels.data(), photo.width, photo.height},
+                           arguments.text("--prompt").value_or("make it sepia")};
+    // A bundle that takes several photos gets this one several times.
+    const hywu_limits limits = editor.limits();
+    sample.more_photos.assign(std::max<std::size_t>(limits.photo_count, 1) - 1, sample.photo);
+    const std::vector<hywu::Sample> samples(batch, sample);
     const bool generates = editor.limits().generates != 0;
 
     std::int32_t width = 0, height = 0;
@@ -174,19 +180,22 @@ int bench(int count, char** values) {
         const double whole = edit_once();
         const hywu::Timings timings = editor.timings();
         for (const auto& [graph, seconds] : timings.graphs) add(graph, seconds);
-        for (const double seconds : timings.steps) add("step", seconds);
+        for (std::size_t k = 0; k < timings.steps.size(); ++k) {
+            add("step", timings.steps[k]);
+            if (timings.steps.size() > 1) add(k == 0 ? "first_step" : "steady_step", timings.steps[k]);
+        }
         add("edit", whole);
         bar.show(static_cast<std::int32_t>(run + 1), static_cast<std::int32_t>(runs));
     }
     bar.clear();
     if (generates) {
-        const hywu_pixels view = samples[0].photo;
-        (void)editor.generate(hywu::Pixels(view), samples[0].prompt,
-                              request);  // another plan: its buffers are made here
+        std::vector<hywu::Pixels> photos = {sample.photo};
+        photos.insert(photos.end(), sample.more_photos.begin(), sample.more_photos.end());
+        (void)editor.generate(photos, sample.prompt, request);  // another plan: its buffers are made here
         for (std::size_t run = 0; run < runs; ++run) {
             const auto begin = Clock::now();
-            (void)editor.generate(hywu::Pixels(view), samples[0].prompt, request);
-            add("generate", seconds_since(begin));
+            (void)editor.generate(photos, sample.prompt, request);
+            add("generate_call", seconds_since(begin));
         }
     }
 
@@ -208,6 +217,9 @@ int bench(int count, char** values) {
     result["cold"] = {{"open", opened}, {"first_edit", first}, {"load", cold.load}};
     result["warm_up"] = {{"edits", warm.size() + 1}, {"stable", stable(warm)}};
     result["runs"] = runs;
+    const std::vector<double>& whole = times["edit"];
+    result["edits_per_second"] =
+        static_cast<double>(runs * batch) / std::accumulate(whole.begin(), whole.end(), 0.0);
     Json stages = Json::object();
     for (const std::string& stage : order) stages[stage] = summary(times[stage]);
     result["stages"] = stages;

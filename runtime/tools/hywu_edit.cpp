@@ -22,9 +22,11 @@ namespace fs = std::filesystem;
 const std::vector<Option> options = {
     {"--out", "FILE", "The picture, PNG or JPEG.  [default: PHOTO's name with -edited.png]"},
     {"--steps", "N", "Steps of the scheduler.  [default: the bundle's]"},
+    {"--strength", "X", "Part of the steps to run, from the photo on.  [default: the bundle's]"},
     {"--seed", "N", "Seed of the noise.  [default: 0]"},
     {"--delta-strength", "X", "Strength of the deltas; 0 is the base model.  [default: 1.0]"},
-    {"--guidance", "X", "Guidance by the prompt.  [default: the bundle's]"},
+    {"--guidance", "[NAME=]X", "Guidance by the prompt, or the scale of that name; repeat for more.", true},
+    {"--photo", "FILE", "Another photo, for a bundle that takes several; the last gives the size.", true},
     {"--image-guidance", "X", "Guidance by the photo.  [default: the bundle's]"},
     {"--negative-prompt", "TEXT", "What guidance leads away from."},
     {"--size", "WxH", "Size of the picture.  [default: near the photo's, aspect kept]"},
@@ -104,6 +106,8 @@ int edit(int count, char** values) {
     const auto deltas_file = arguments.text("--deltas"), save_deltas = arguments.text("--save-deltas");
     hywu::tools::check_suffix(out);
     std::vector<fs::path> inputs = {photo_path};
+    const std::vector<std::string> more = arguments.texts("--photo");
+    inputs.insert(inputs.end(), more.begin(), more.end());
     if (deltas_file) inputs.emplace_back(*deltas_file);
     check_output(out, inputs);
     if (save_deltas) {
@@ -119,8 +123,9 @@ int edit(int count, char** values) {
     hywu::EditOptions request;
     request.seed = arguments.unsigned_integer("--seed").value_or(0);
     request.steps = static_cast<std::int32_t>(arguments.integer("--steps", 1, 1 << 30).value_or(0));
+    request.strength = arguments.part("--strength").value_or(0);
     if (const auto x = arguments.number("--delta-strength")) request.delta_strength = {*x};
-    if (const auto x = arguments.number("--guidance")) request.guidance["text"] = {*x};
+    request.guidance = arguments.scales("--guidance");
     if (const auto x = arguments.number("--image-guidance")) request.guidance["image"] = {*x};
     request.sampler = arguments.text("--scheduler").value_or("");
     if (const auto size = arguments.size("--size")) std::tie(request.width, request.height) = *size;
@@ -142,13 +147,25 @@ int edit(int count, char** values) {
     interrupt = cancel.get();
     std::signal(SIGINT, on_interrupt);
     request.cancel = &cancel;
-    const hywu::tools::Image photo = hywu::tools::load_photo(photo_path, editor, request);
-    const hywu::Sample sample = {{photo.pixels.data(), photo.width, photo.height},
-                                 prompt,
-                                 arguments.text("--negative-prompt").value_or("")};
+    // Several photos have a size each, which the library works out.
+    const hywu::tools::Image photo = more.empty() ? hywu::tools::load_photo(photo_path, editor, request)
+                                                  : hywu::tools::read_image(photo_path);
+    hywu::Sample sample = {{photo.pixels.data(), photo.width, photo.height},
+                           prompt,
+                           arguments.text("--negative-prompt").value_or("")};
+    std::vector<hywu::tools::Image> others;
+    others.reserve(more.size());
+    for (const std::string& path : more) {
+        const hywu::tools::Image& other = others.emplace_back(hywu::tools::read_image(path));
+        sample.more_photos.push_back({other.pixels.data(), other.width, other.height});
+    }
     hywu::tools::ProgressBar bar;
     request.progress = [&](std::int32_t done, std::int32_t total) { bar.show(done, total); };
-    if (save_deltas) deltas = editor.generate(sample.photo, prompt, request);
+    if (save_deltas) {
+        std::vector<hywu::Pixels> photos = {sample.photo};
+        photos.insert(photos.end(), sample.more_photos.begin(), sample.more_photos.end());
+        deltas = editor.generate(photos, prompt, request);
+    }
     if (deltas) request.deltas = {&*deltas};
     const hywu::Images images = editor.edit({&sample, 1}, request);
     bar.clear();

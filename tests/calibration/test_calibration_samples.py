@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hywu_calibration.samples import draw_samples, find_photographs, is_guided, read_prompts, scales_for
+from hywu_calibration.samples import draw_samples, find_photographs, read_prompts, scales_for
 from hywu_runtime.errors import InputError
-from hywu_runtime.manifest import Guidance, ImagePolicy
+from hywu_runtime.manifest import Guidance, ImagePolicy, is_guided
 
 POLICY = ImagePolicy(tensor="image", multiple=16, min=32, max=256, default_area=64 * 64)
 PIX2PIX = (Guidance("text", 7.5, above=1.0), Guidance("image", 1.5, at_least=1.0))
 PLAIN = (Guidance("text", 1.0, above=1.0), Guidance("image", 1.0, at_least=1.0))
+DISTILLED = (Guidance("distilled", 2.5), Guidance("text", 1.0, above=1.0))
 
 
 def photo(path: Path, size: tuple[int, int] = (96, 64)) -> Path:
@@ -132,10 +133,10 @@ def test_another_seed_gives_other_samples(photos: list[Path]) -> None:
     assert [s.seed for s in first] != [s.seed for s in second]
 
 
-@pytest.mark.parametrize("guidance", [PIX2PIX, PLAIN])
+@pytest.mark.parametrize("guidance", [PIX2PIX, PLAIN, DISTILLED])
 def test_scales_for_both_forms(guidance: tuple[Guidance, ...]) -> None:
     for guided in (True, False):
         scales = dict(scales_for(guidance, guided))
-        assert all(g.satisfied(scales[g.name]) for g in guidance) == guided
+        assert all(g.satisfied(scales[g.name]) for g in guidance if g.decides) == guided
     default = is_guided(guidance)
     assert dict(scales_for(guidance, default)) == {g.name: g.default for g in guidance}

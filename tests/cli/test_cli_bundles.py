@@ -34,6 +34,7 @@ def test_inspect(bundle: Path) -> None:
         "class": "HeunDiscreteScheduler",
         "steps": [1, 12],
         "stochastic": False,
+        "midway": False,
     }
     assert report["guidance"] == {"text": 7.5, "image": 1.5}
     assert manifest.deltas is not None

@@ -32,7 +32,7 @@ def test_edit_is_the_editor(bundle: Path, photo: Path, tmp_path: Path) -> None:
     out = tmp_path / "edited.png"
     result = answer(
         "edit", bundle, photo, "make it sepia", "--steps", 3, "--seed", 42, "--delta-strength", 0.8,
-        "--guidance", 4, "--image-guidance", 1.2, "--negative-prompt", "ugly", "--size", "24x16",
+        "--guidance", "text=4", "--guidance", "image=1.2", "--negative-prompt", "ugly", "--size", "24x16",
         "--scheduler", "euler", "--out", out, "--threads", 1, "--low-memory", "--backend", "ort-cpu",
     )  # fmt: skip
     assert result["out"] == str(out)
@@ -177,6 +177,9 @@ BAD = {
     "strength": ("--delta-strength", "nan"),
     "strength infinite": ("--delta-strength", "inf"),
     "guidance": ("--guidance", "nan"),
+    "guidance of no name": ("--guidance", "=4"),
+    "guidance of another name": ("--guidance", "true_cfg=4"),
+    "guidance without a number": ("--guidance", "text=much"),
     "image guidance": ("--image-guidance", "1e300"),
     "backend": ("--backend", "ghost"),
     "variant": ("--variant", "ghost"),

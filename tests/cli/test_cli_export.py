@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli_basics import COMMAND, environment
 
+from hywu_export.deltas.catalogue import Catalogue
 from hywu_runtime import Deltas, Editor, Manifest
 
 
@@ -68,6 +69,10 @@ def test_pair_with_linked_weights(pair: Any, linked_bundle: Path, tmp_path: Path
     assert "--source" in refused(*edit)
     run(*edit, "--source", f"base={pair.base}", "--source", f"generator={pair.generator}")
     assert answer("verify", out, "--base", pair.base, "--generator", pair.generator)["ok"]
+    # LoRA files are understood from the links: by the names of modules whose weights are elsewhere.
+    catalogue = Catalogue.from_bundle(out)
+    assert catalogue.denoiser == "unet"
+    assert catalogue.components["unet"].keys() >= {"conv_in", "down_blocks.0.attentions.0.proj_in"}
 
 
 def arguments(pair: Any, folder: Path, *more: object) -> tuple[object, ...]:
@@ -81,6 +86,7 @@ BAD = {
     "targets beside a generator": ("--targets", "to_q"),
     "lora beside a generator": ("--lora", "nothing"),
     "default steps beyond the most": ("--max-steps", "5", "--steps", "6"),
+    "tiles of one latent": ("--vae-tile", "2", "--max-size", "64"),
     "one photo": ("--batch", "1"),
     "base missing": ("--base", "nothing"),
     "generator missing": ("--generator", "nothing"),
@@ -103,7 +109,8 @@ def test_bad_options_of_a_base_alone(pair: Any, tmp_path: Path, options: tuple[s
 
 
 @pytest.mark.parametrize(
-    "options", [("--targets", "to_q"), ("--steps", 3), ("--guidance", 3), ("--scheduler", "ddim")]
+    "options",
+    [("--targets", "to_q"), ("--steps", 3), ("--guidance", 3), ("--scheduler", "ddim"), ("--vae-tile", 64)],
 )
 def test_options_that_need_a_base(pair: Any, tmp_path: Path, options: tuple[str, object]) -> None:
     refused("export", "--generator", pair.generator, "--out", tmp_path / "bundle", *options)

@@ -65,7 +65,8 @@ class EditParams(ctypes.Structure):
         ("width", _I32), ("height", _I32), ("reserved", _I32),
         ("noise", ctypes.POINTER(Tensor)), ("latents", ctypes.POINTER(Tensor)),
         ("inputs", ctypes.POINTER(Tensor)), ("input_count", _SZ),
-        ("progress", Progress), ("progress_user", _P), ("cancel", _P),
+        ("progress", Progress), ("progress_user", _P), ("cancel", _P), ("strength", ctypes.c_double),
+        ("photo_count", _SZ),
     ]  # fmt: skip
 
 
@@ -73,7 +74,16 @@ class GenerateParams(ctypes.Structure):
     _fields_ = [
         ("struct_size", _SZ), ("photo", ctypes.POINTER(Pixels)), ("prompt", _S), ("prompt_length", _SZ),
         ("width", _I32), ("height", _I32), ("inputs", ctypes.POINTER(Tensor)), ("input_count", _SZ),
-        ("cancel", _P),
+        ("cancel", _P), ("photo_count", _SZ),
+    ]  # fmt: skip
+
+
+class RunParams(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", _SZ), ("inputs", ctypes.POINTER(Tensor)), ("input_count", _SZ),
+        ("outputs", ctypes.POINTER(_S)), ("output_count", _SZ), ("delta_strength", ctypes.c_double),
+        ("delta_strengths", ctypes.POINTER(ctypes.c_double)), ("strength_count", _SZ),
+        ("deltas", ctypes.POINTER(_P)), ("delta_count", _SZ), ("cancel", _P),
     ]  # fmt: skip
 
 
@@ -83,7 +93,8 @@ class Limits(ctypes.Structure):
         ("size_multiple", _I32), ("size_min", _I32), ("size_max", _I32),
         ("size_default_area", ctypes.c_int64),
         ("rank", _I32), ("edits", _I32), ("generates", _I32), ("default_steps", _I32),
-        ("sampler_count", _SZ), ("guidance_count", _SZ),
+        ("sampler_count", _SZ), ("guidance_count", _SZ), ("default_strength", ctypes.c_double),
+        ("photo_count", _SZ),
     ]  # fmt: skip
 
 
@@ -120,26 +131,26 @@ class Library:
         texts = (
             "version_string", "status_name", "last_error", "last_error_part", "backend", "backend_missing",
             "bundle_name", "bundle_variant", "bundle_engine", "editor_backend", "editor_sampler",
-            "editor_guidance",
+            "editor_guidance", "editor_output",
         )  # fmt: skip
         for name in texts:
             getattr(lib, f"hywu_{name}").restype = _S
-        for name in ("images_count", "deltas_count"):
+        for name in ("images_count", "deltas_count", "tensors_count"):
             getattr(lib, f"hywu_{name}").restype = _SZ
         for name in ("deltas_rank", "deltas_batch"):
             getattr(lib, f"hywu_{name}").restype = ctypes.c_int64
-        for name in ("bundle", "editor", "images", "deltas", "cancel"):
+        for name in ("bundle", "editor", "images", "deltas", "tensors", "cancel"):
             function = getattr(lib, f"hywu_{name}_free")
             function.restype, function.argtypes = None, [_P]
         for name in ("cancel_request", "cancel_reset"):
             function = getattr(lib, f"hywu_{name}")
             function.restype, function.argtypes = None, [_P]
         lib.hywu_backend.argtypes = [_SZ]
-        for name in ("bundle_variant", "bundle_engine", "editor_sampler"):
+        for name in ("bundle_variant", "bundle_engine", "editor_sampler", "editor_output"):
             getattr(lib, f"hywu_{name}").argtypes = [_P, _SZ]
         lib.hywu_bundle_name.argtypes = lib.hywu_editor_backend.argtypes = [_P]
         lib.hywu_editor_guidance.argtypes = [_P, _SZ, ctypes.POINTER(ctypes.c_double)]
-        for name in ("images_count", "deltas_count", "deltas_rank", "deltas_batch"):
+        for name in ("images_count", "deltas_count", "tensors_count", "deltas_rank", "deltas_batch"):
             getattr(lib, f"hywu_{name}").argtypes = [_P]
 
     def check(self, name: str, *arguments: Any) -> None:
@@ -226,9 +237,7 @@ class Deltas(Handle):
         for i in range(self.library.lib.hywu_deltas_count(self.pointer)):
             tensor = Tensor()
             self.library.check("deltas_tensor", self.pointer, _SZ(i), ctypes.byref(tensor))
-            shape = tuple(tensor.shape[: tensor.rank])
-            data = ctypes.string_at(tensor.data, 4 * int(np.prod(shape)))
-            found[tensor.name.decode()] = np.frombuffer(data, np.float32).reshape(shape)
+            found[tensor.name.decode()] = array_of(tensor)
         return found
 
 
@@ -238,9 +247,24 @@ def pixels_of(photo: Array) -> Pixels:
     return Pixels(photo.ctypes.data, photo.shape[1], photo.shape[0], 0)
 
 
+def photo_list(given: Any) -> list[Array]:
+    """The photos of a request: none, one, or several."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list) else [given]
+
+
 def tensor_of(name: str, array: Array) -> Tensor:
     shape = (ctypes.c_int64 * 8)(*array.shape)
     return Tensor(name.encode(), array.ctypes.data, _DTYPES[array.dtype.name], array.ndim, shape)
+
+
+def array_of(tensor: Tensor) -> Array:
+    """A copy of what the library holds."""
+    dtype = np.dtype(next(name for name, number in _DTYPES.items() if number == tensor.dtype))
+    shape = tuple(tensor.shape[: tensor.rank])
+    data = ctypes.string_at(tensor.data, dtype.itemsize * int(np.prod(shape)))
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def tensor_list(named: Sequence[tuple[str, Array]]) -> Any:
@@ -276,10 +300,11 @@ class Editor(Handle):
 
     def edit_batch(
         self,
-        requests: Sequence[tuple[Array | None, str | bytes]],
+        requests: Sequence[tuple[Any, str | bytes]],
         *,
         negative_prompt: Sequence[str] | None = None,
         steps: int = 0,
+        strength: float = 0.0,
         seed: int | Sequence[int] = 0,
         guidance: Mapping[str, float | Sequence[float]] | None = None,
         delta_strength: float | Sequence[float] = 1.0,
@@ -295,9 +320,10 @@ class Editor(Handle):
         library, count = self.library, len(requests)
         params = library.init(EditParams, "edit")
         params.count = count
-        photos = [photo for photo, _ in requests if photo is not None]
+        photos = [photo for given, _ in requests for photo in photo_list(given)]
         if photos:
-            params.photos = (Pixels * count)(*[pixels_of(photo) for photo in photos])
+            params.photos = (Pixels * len(photos))(*map(pixels_of, photos))
+            params.photo_count = len(photos) // count
         prompts = [p if isinstance(p, bytes) else p.encode() for _, p in requests]
         params.prompts = (_S * count)(*prompts)
         params.prompt_lengths = (_SZ * count)(*map(len, prompts))
@@ -318,6 +344,7 @@ class Editor(Handle):
             params.delta_strengths = (ctypes.c_double * len(delta_strength))(*delta_strength)
         params.deltas, params.delta_count = (_P * len(deltas))(*[d.pointer for d in deltas]), len(deltas)
         params.sampler, params.steps = None if sampler is None else sampler.encode(), steps
+        params.strength = strength
         params.width, params.height = size
         keep = [(name, np.ascontiguousarray(a)) for name, a in (inputs or {}).items()]
         params.inputs, params.input_count = tensor_list(keep), len(keep)
@@ -339,12 +366,12 @@ class Editor(Handle):
             pictures.append(np.frombuffer(data, np.uint8).reshape(view.height, view.width, 3))
         return pictures
 
-    def edit(self, photo: Array | None, prompt: str | bytes, **options: Any) -> Array:
+    def edit(self, photo: Any, prompt: str | bytes, **options: Any) -> Array:
         return self.edit_batch([(photo, prompt)], **options)[0]
 
     def generate(
         self,
-        photo: Array | None = None,
+        photo: Any = None,
         prompt: str = "",
         *,
         size: tuple[int, int] = (0, 0),
@@ -352,13 +379,48 @@ class Editor(Handle):
     ) -> Deltas:
         params, made = self.library.init(GenerateParams, "generate"), Deltas(self.library)
         if photo is not None:
-            params.photo = ctypes.pointer(pixels_of(photo))
+            photos = photo_list(photo)
+            params.photo, params.photo_count = (Pixels * len(photos))(*map(pixels_of, photos)), len(photos)
         params.prompt, params.prompt_length = prompt.encode(), len(prompt.encode())
         params.width, params.height = size
         keep = [(name, np.ascontiguousarray(a)) for name, a in (inputs or {}).items()]
         params.inputs, params.input_count = tensor_list(keep), len(keep)
         self.library.check("generate", self.pointer, ctypes.byref(params), made.out())
         return made
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        *,
+        outputs: Sequence[str] = (),
+        deltas: Sequence[Deltas] = (),
+        delta_strength: float | Sequence[float] = 1.0,
+    ) -> dict[str, Array]:
+        library, params = self.library, self.library.init(RunParams, "run")
+        keep = [(name, np.ascontiguousarray(a)) for name, a in inputs.items()]
+        params.inputs, params.input_count = tensor_list(keep), len(keep)
+        params.outputs = (_S * len(outputs))(*[name.encode() for name in outputs])
+        params.output_count = len(outputs)
+        if isinstance(delta_strength, (int, float)):
+            params.delta_strength = delta_strength
+        else:
+            params.delta_strengths = (ctypes.c_double * len(delta_strength))(*delta_strength)
+            params.strength_count = len(delta_strength)
+        params.deltas, params.delta_count = (_P * len(deltas))(*[d.pointer for d in deltas]), len(deltas)
+        tensors = Handle(library, "tensors")
+        library.check("run", self.pointer, ctypes.byref(params), tensors.out())
+        made = {}
+        for i in range(library.lib.hywu_tensors_count(tensors.pointer)):
+            tensor = Tensor()
+            library.check("tensors_get", tensors.pointer, _SZ(i), ctypes.byref(tensor))
+            made[tensor.name.decode()] = array_of(tensor)
+        return made
+
+    def outputs(self) -> list[str]:
+        found: list[str] = []
+        while (name := self.library.lib.hywu_editor_output(self.pointer, _SZ(len(found)))) is not None:
+            found.append(name.decode())
+        return found
 
     def warm_up(self) -> None:
         self.library.check("editor_warm_up", self.pointer)

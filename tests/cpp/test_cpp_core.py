@@ -33,7 +33,7 @@ import toy_bundle
 from hywu_runtime import Bundle, Deltas, Manifest, codec, engines, noise
 from hywu_runtime.engines import Target
 from hywu_runtime.errors import HywuError
-from hywu_runtime.manifest import DeltaSpec, DeltaTarget, Sampler, Schedules, is_safe_path
+from hywu_runtime.manifest import DeltaSpec, DeltaTarget, Sampler, Schedules, Strength, is_safe_path
 from hywu_runtime.schedule import Schedule
 
 NOBODY = 65534  # the user without rights
@@ -531,7 +531,7 @@ def same_choice(probe: Probe, path: Path, target: Target = TARGET, **question: A
             return engines.covering(root, manifest, keys, question["axes"], question["graphs"], target)
         policies = [engines.narrowed(manifest, manifest.engines[key]) for key in keys]
         sizes = [dataclasses.asdict(policy) if policy is not None else None for policy in policies]
-        return {"keys": list(keys), "sizes": sizes}
+        return {"keys": list(keys), "sizes": json.loads(json.dumps(sizes))}  # tuples become lists
 
     expected = python(ask)
     asked = {"path": str(path), "root": str(root), "target": dataclasses.asdict(target), **question}
@@ -650,9 +650,14 @@ def test_linked_weights(probe: Probe, toy: Path, tmp_path: Path) -> None:
 
 def same_schedule(probe: Probe, path: Path, **question: Any) -> dict[str, Any]:
     def rows() -> dict[str, Any]:
-        samplers = {"even": Sampler("Even", (1, 5)), "wild": Sampler("Wild", (2, 4), True)}
-        schedule = Schedule(path, Schedules("s.safetensors", "even", 3, samplers))
-        found = schedule.rows(question.get("sampler"), question.get("steps"))
+        orders, default = question.get("orders", {}), question.get("default_strength")
+        samplers = {
+            "even": Sampler("Even", (1, 5), order=orders.get("even")),
+            "wild": Sampler("Wild", (2, 4), True, orders.get("wild")),
+        }
+        strength = None if default is None else Strength(default)
+        schedule = Schedule(path, Schedules("s.safetensors", "even", 3, samplers, strength))
+        found = schedule.rows(question.get("sampler"), question.get("steps"), question.get("strength"))
         return {
             "sampler": found.sampler,
             "steps": found.steps,
@@ -660,6 +665,7 @@ def same_schedule(probe: Probe, path: Path, **question: Any) -> dict[str, Any]:
             "initial_scale": hexadecimal(found.initial_scale),
             "timesteps": hexadecimal(found.timesteps),
             "coefficients": hexadecimal(found.coefficients),
+            "start": "" if found.start is None else hexadecimal(found.start),
             "accepted": schedule.accepted(found.sampler),
         }
 
@@ -683,6 +689,26 @@ def test_rows_are_the_same(probe: Probe, tmp_path: Path) -> None:
     assert "ok" in same_schedule(probe, tmp_path / "s.safetensors")
     for question in ({"steps": 0}, {"steps": -1}, {"sampler": "wild", "steps": 2**40}, {"sampler": "ghost"}):
         assert same_schedule(probe, tmp_path / "s.safetensors", **question)["error"] == "InputError"
+
+
+def test_rows_from_midway_are_the_same(probe: Probe, tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    save_file(toy_bundle.schedule(), path)
+    able: dict[str, Any] = {"default_strength": 0.6, "orders": {"even": 1, "wild": 2}}
+    for sampler, counts in (("even", range(1, 6)), ("wild", range(2, 5))):
+        for steps in counts:
+            for strength in (None, 1.0, 0.9, 2 / 3, 0.5, 0.2, 0.1, 1e-9):
+                question = {"sampler": sampler, "steps": steps, "strength": strength}
+                assert "ok" in same_schedule(probe, path, **able, **question)
+    for refused in (0.0, -0.5, 1.5, 1e-17):
+        assert same_schedule(probe, path, **able, strength=refused)["error"] == "InputError"
+    once = {"default_strength": 1.0, "orders": {"wild": 2}}
+    assert "ok" in same_schedule(probe, path, **once)
+    assert same_schedule(probe, path, **once, strength=0.5)["error"] == "InputError"
+    assert same_schedule(probe, path, strength=0.5)["error"] == "InputError"
+    tables = toy_bundle.schedule()
+    save_file({**tables, "even.start": tables["even.start"][1:].copy()}, path)
+    assert same_schedule(probe, path, **able)["error"] == "BundleError"
 
 
 SCHEDULE_CHANGES: list[Callable[[dict[str, Any]], Any]] = [
@@ -743,12 +769,14 @@ def test_noise_is_the_same(probe: Probe, seed: int, sample: int, draw: int, leng
 TARGETS = (
     DeltaTarget("block.to_q", "linear", 6, 5, 4),
     DeltaTarget("block.conv", "conv", 3, 2, 2, (3, 1)),
+    DeltaTarget("block.experts.w1", "experts", 4, 3, 2, experts=5),
     DeltaTarget('ü."\\\x7f', "linear", 2, 2, 3),
 )
 SPEC = DeltaSpec(4, "gate", "delta_batch", TARGETS)
 PLAIN_TARGETS = [
     {"module": t.module, "in": t.in_features, "out": t.out_features, "rank": t.rank}
     | ({"kernel": list(t.kernel)} if t.kernel else {})
+    | ({"experts": t.experts} if t.experts else {})
     for t in TARGETS
 ]
 

@@ -83,6 +83,19 @@ def region(batch: int, height: int = 16, width: int = 24, seed: int = 5) -> dict
 PROMPTS = ["hello", "", "a much longer instruction", "zwölf Bäume 🌳"]
 
 
+def test_a_scale_without_a_condition(library: Library, tmp_path: Path) -> None:
+    toy_bundle.write_bundle(tmp_path / "b")
+    toy_bundle.rewrite(tmp_path / "b", toy_bundle.distil)
+    both = Both(library, tmp_path / "b")
+    pictures = []
+    for guidance in ({}, {"distilled": 1.5}, {"distilled": 0.0}, {"text": 1.0, "distilled": 9.0}):
+        options = {"guidance": guidance, "inputs": region(2), "steps": 2}
+        pictures.append(both.edit([(photo(i), "hello") for i in range(2)], **options))
+    assert len({np.stack(picture).tobytes() for picture in pictures}) == 4
+    both.cpp.warm_up()
+    both.close()
+
+
 @pytest.mark.parametrize("scale", [2.0, 1.0])
 @pytest.mark.parametrize("sampler", ["even", "wild"])
 @pytest.mark.parametrize("batch", [1, 3, 4])
@@ -107,6 +120,28 @@ def test_the_default_size_keeps_the_aspect(both: Both) -> None:
     pixels = load_photo(photo(1, 90, 130), both.python.bundle.manifest.image)
     height, width = pixels.shape[:2]
     both.edit([(photo(1, 90, 130), "x"), (photo(2, 200, 61), "y")], inputs=region(2, height, width))
+
+
+def test_edits_that_start_midway(library: Library, tmp_path: Path) -> None:
+    toy_bundle.write_midway(tmp_path / "bundle")
+    both = Both(library, tmp_path / "bundle")
+    try:
+        assert both.cpp.limits().default_strength == 0.6
+        requests = [(photo(i), PROMPTS[i]) for i in range(2)]
+        pictures = [
+            both.edit(requests, sampler=sampler, steps=4, inputs=region(2), **strength)
+            for sampler in ("even", "wild")
+            for strength in ({}, {"strength": 1.0}, {"strength": 0.5}, {"strength": 1 / 3})
+        ]
+        # Each starts at step 1, 0, 2 and again int(4 - 4/3) = 2.
+        assert len({picture[0].tobytes() for picture in pictures}) == 6
+        refused: dict[str, Any] = {"steps": 4, "inputs": region(1), "strength": 1e-17}
+        with pytest.raises(NativeError, match="No step is left of 4"):
+            both.cpp.edit_batch([(photo(), "x")], **refused)
+        with pytest.raises(NativeError, match="at most 1"):
+            both.cpp.edit_batch([(photo(), "x")], **{**refused, "strength": 1.5})
+    finally:
+        both.close()
 
 
 def test_strengths_seeds_scales_for_each_sample(both: Both) -> None:

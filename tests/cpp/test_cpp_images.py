@@ -91,6 +91,18 @@ def test_working_size_is_the_runtimes(size: tuple[int, int], limits: tuple[int, 
     assert tuple(map(int, got.split())) == working_size(*size, policy)
 
 
+@settings(max_examples=100)
+@given(
+    st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
+    st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, max_size=6),
+)
+def test_the_sizes_of_a_policy(size: tuple[int, int], offered: list[tuple[int, int]]) -> None:
+    sizes = tuple((8 * w, 8 * h) for w, h in offered)
+    policy = ImagePolicy("image", 8, 16, 160, 64 * 64, sizes)
+    got = pixels("size", *size, 8, 16, 160, 64 * 64, len(sizes), *sum(sizes, ()))
+    assert tuple(map(int, got.split())) == working_size(*size, policy)
+
+
 @pytest.mark.parametrize("size", [(64, 96), (63, 64), (64, 4096), (0, 64), (-64, 64)])
 def test_explicit_size(size: tuple[int, int]) -> None:
     policy = ImagePolicy("image", 32, 64, 1024, 65536)

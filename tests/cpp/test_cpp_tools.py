@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
@@ -44,7 +45,7 @@ def pixels(path: Path) -> Any:
 @pytest.mark.slow
 def test_hywu_edit_writes_the_picture_of_hywu_edit(tool: Any, demo_bundle: Path, tmp_path: Path) -> None:
     flags = [
-        "--steps", 3, "--seed", 7, "--guidance", 5, "--image-guidance", 1.3, "--negative-prompt", "ugly",
+        "--steps", 3, "--seed", 7, "--guidance", 5, "--guidance", "image=1.3", "--negative-prompt", "ugly",
         "--delta-strength", 0.8, "--threads", 2, *SMALL,
     ]  # fmt: skip
     ours, theirs = tmp_path / "cpp.png", tmp_path / "python.png"
@@ -147,10 +148,14 @@ def test_hywu_bench(tool: Any, demo_bundle: Path, tmp_path: Path) -> None:
     assert report["schema"] == "hywu.bench/1"
     assert (report["backend"], report["threads"], report["runs"]) == ("ort-cpu", 2, 3)
     stages = report["stages"]
-    assert {"text_encoder", "generator", "step", "image_decoder", "edit", "generate"} <= stages.keys()
+    assert {"text_encoder", "generator", "step", "image_decoder", "edit", "generate_call"} <= stages.keys()
+    schema = json.loads((ROOT / "hywu_export" / "benchmark" / "bench.schema.json").read_text())
+    jsonschema.validate(report, schema)
+    assert stages["first_step"]["count"] + stages["steady_step"]["count"] == stages["step"]["count"]
     for stage in stages.values():
         assert stage["min"] <= stage["p50"] <= stage["p90"] <= stage["p95"] <= stage["p99"] <= stage["max"]
-    parts = sum(stages[s]["mean"] * stages[s]["count"] for s in stages if s not in ("edit", "generate"))
+    whole = ("edit", "generate_call", "first_step", "steady_step")
+    parts = sum(stages[s]["mean"] * stages[s]["count"] for s in stages if s not in whole)
     assert 0.5 < parts / (stages["edit"]["mean"] * 3) <= 1.01
     assert report["cold"]["first_edit"] > report["cold"]["load"] > 0
     assert "stable" in report["warm_up"]

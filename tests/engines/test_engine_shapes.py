@@ -36,6 +36,13 @@ def test_defaults_follow_from_the_bundle(manifest: Manifest) -> None:
     assert "latent_height" not in found
 
 
+def test_defaults_cover_the_sizes_that_photos_come_to(manifest: Manifest) -> None:
+    assert manifest.image is not None
+    image = replace(manifest.image, default_area=64 * 64, sizes=((32, 96), (64, 64), (96, 32)))
+    found = shapes(replace(manifest, image=image))
+    assert found["height"] == found["width"] == (32, 64, 96)
+
+
 def test_derived_axes_and_the_delta_batch(manifest: Manifest) -> None:
     found = shapes(manifest, sizes="16x32:32x32:64x96", batch="1:2:3", delta_batch="1:1:2")
     assert found["width"] == (16, 32, 64)

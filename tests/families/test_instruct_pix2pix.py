@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pix2pix_reference import Reference, draws, largest, photos, random_deltas
+from parity import draws, largest, photos, random_deltas
+from pix2pix_reference import Reference
 
 from hywu_runtime import Deltas, Editor
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pix2pix_reference import Reference, draws, largest, photos
+from parity import draws, largest, photos
+from pix2pix_reference import Reference
 from safetensors.torch import load_file, save_file
 
 from hywu_export import ExportOptions, export

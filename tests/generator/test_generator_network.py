@@ -38,6 +38,16 @@ def test_golden(case: str, weights: str, tmp_path: Path) -> None:
     assert largest_difference(generator(condition), expected) <= 2e-5
 
 
+def test_padding_of_a_condition_is_not_seen() -> None:
+    generator = ParameterGenerator.from_pretrained(GOLDEN / "moe")
+    condition = load_file(GOLDEN / "moe" / "inputs.safetensors")["condition"]
+    padded = torch.cat([condition, 9 * torch.ones_like(condition[:, :3])], dim=1)
+    mask = torch.arange(padded.shape[1])[None] < condition.shape[1]
+    expected = generator.deltas(condition)
+    assert largest_difference(generator.deltas(padded, mask), expected) <= 1e-5
+    assert largest_difference(generator.deltas(padded), expected) > 1e-2
+
+
 def test_order_of_the_file_decides() -> None:
     sorted_order, other_order = (
         load_file(GOLDEN / case / "outputs.safetensors") for case in ("dense", "dense_unsorted")

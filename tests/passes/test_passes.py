@@ -154,6 +154,26 @@ def test_clean_rewrites_sequences_into_splits() -> None:
     np.testing.assert_array_equal(run(model, x=x)[0], x[:, :3] - x[:, 3:])
 
 
+@pytest.mark.parametrize("equation", ["nhwpqc->nchpwq", "abcdef->abcdef", "n h w p q c -> c q p w h n"])
+def test_clean_permutes_by_transpose(equation: str) -> None:
+    graph = (
+        "g (float[batch, 2, 3, 4, 5, 6] x) => (float[batch, a, b, c, d, e] y)"
+        f' {{ t = Einsum<equation = "{equation}">(x) y = Neg(t) }}'
+    )
+    model = model_of(graph)
+    x = np.random.default_rng(0).standard_normal((2, 2, 3, 4, 5, 6)).astype(np.float32)
+    clean(model, ())
+    assert {node.op_type for node in model.graph} <= {"Neg", "Transpose"}
+    if "->c" not in equation:
+        np.testing.assert_array_equal(run(model, x=x)[0], -np.einsum(equation.replace(" ", ""), x))
+
+
+def test_clean_leaves_an_einsum_that_adds() -> None:
+    model = model_of('g (float[batch, 4] x) => (float[batch] y) { y = Einsum<equation = "bc->b">(x) }')
+    clean(model, ())
+    assert [node.op_type for node in model.graph] == ["Einsum"]
+
+
 def test_clean_folds_constants_but_no_parameters() -> None:
     model = model_of(
         "g (float[batch, 2] x) => (float[batch, 2] y) <float[2,2] w = {1,2,3,4}, float[2] c = {4, 9}> {"
@@ -230,6 +250,8 @@ def _operator_model(operator: str) -> bytes:
         constants = {"low": np.float32(0), "high": np.float32(1)}
     elif operator == "Concat":
         inputs, arguments, attributes = [x, y], ["x", "x2"], {"axis": 1}
+    elif operator == "DepthToSpace":
+        attributes = {"blocksize": 2, "mode": "CRD"}
     elif operator == "Conv":
         constants = {"w": np.ones((4, 3, 3, 3), np.float32)}
     elif operator == "ConstantOfShape":
@@ -278,6 +300,8 @@ def _operator_model(operator: str) -> bytes:
         constants, attributes, names, types = {"n": np.array([1, 2])}, {"axis": 1}, ["a", "b"], [floats] * 2
     elif operator == "Squeeze":
         inputs, constants = [("x", floats, ["batch", 1, 8])], {"a": np.array([1])}
+    elif operator == "TopK":
+        constants, names, types = {"k": np.array([2])}, ["values", "indices"], [floats, ints]
     elif operator == "Unsqueeze":
         constants = {"a": np.array([1])}
     extra = {"zero": np.int64(0), "one": np.int64(1)} if operator == "Range" else {}

@@ -48,6 +48,8 @@ def test_names_and_shapes() -> None:
         "block.conv.lora_A": (2, 3, 3, 1),
         "block.conv.lora_B": (2, 2),
     }
+    experts = DeltaTarget("mlp.experts.w1", "experts", 6, 5, 4, experts=3)
+    assert experts.shapes() == {"mlp.experts.w1.lora_A": (3, 4, 6), "mlp.experts.w1.lora_B": (3, 5, 4)}
     random().check(SPEC, 7)
     assert (random().rank, random(batch=3).batch) == (4, 3)
 

@@ -7,6 +7,7 @@ import os
 import struct
 import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,25 @@ def test_one_pixel_is_enlarged() -> None:
 )
 def test_working_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert working_size(*size, POLICY) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((640, 480), (320, 224)),
+        ((48, 64), (224, 320)),  # enlarged
+        ((301, 300), (256, 256)),
+        ((2, 1), (320, 224)),
+        ((20000, 1), (320, 224)),
+    ],
+)
+def test_sizes_of_the_policy(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    policy = replace(POLICY, sizes=((320, 224), (224, 320), (256, 256), (1024, 64)), max=512)
+    assert working_size(*size, policy) == expected
+    assert parse_size("1024x64", POLICY) == (1024, 64)  # an explicit size is free
+    assert working_size(*size, replace(policy, min=257, max=288)) == working_size(
+        *size, replace(POLICY, min=257, max=288)
+    )
 
 
 @settings(max_examples=200, deadline=None)

@@ -22,7 +22,7 @@ import hywu_runtime
 from hywu_runtime import Manifest, codec
 from hywu_runtime import manifest as manifest_module
 from hywu_runtime.errors import BundleError, HywuError
-from hywu_runtime.manifest import ProvidedTensor, is_safe_path
+from hywu_runtime.manifest import Guidance, ProvidedTensor, is_guided, is_safe_path
 
 FILES = {
     name: {"size": 10, "sha256": "0" * 64}
@@ -106,7 +106,7 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("zero dimension", lambda m: m["tensors"]["gate"].update(shape=["batch", 0]), "shape", True),
     ("nine dimensions", lambda m: m["graphs"]["step"]["inputs"][0].update(shape=[1] * 9), "shape", True),
     ("axis of both forms", lambda m: m["axes"]["height"].update(of="width", divide=2), "axes", True),
-    ("guidance without condition", lambda m: m["guidance"][0].pop("above"), "guidance", True),
+    ("guidance with two conditions", lambda m: m["guidance"][0].update(at_least=1), "guidance[0]", True),
     ("escape", lambda m: m["graphs"]["step"].update(file="../step.onnx"), "file", True),
     ("absolute", lambda m: m["graphs"]["step"].update(file="/etc/passwd"), "file", True),
     ("hidden escape", lambda m: m["files"].update({"a/../../b": FILES["step.onnx"]}), "files", True),
@@ -171,6 +171,8 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("no results", lambda m: m.update(results={}), "results", False),
     ("result not made", lambda m: m["results"].update(image="image"), "results.image", False),
     ("result of wrong type", lambda m: m["results"].update(image="source"), "uint8", False),
+    ("output not made", lambda m: m["results"].update(outputs=["image"]), "results.outputs[0]", False),
+    ("output twice", lambda m: m["results"].update(outputs=["source"] * 2), "results.outputs[1]", False),
     ("result no delta", lambda m: m["results"].update(deltas=["source"]), "deltas", False),
     (
         "result of guided requests alone",
@@ -181,6 +183,19 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("no such sampler", lambda m: m["schedules"].update(default="ghost"), "ghost", False),
     ("default steps", lambda m: m["schedules"].update(default_steps=99), "default_steps", False),
     ("no schedules", lambda m: m.pop("schedules"), "schedules", False),
+    ("no strength", lambda m: m["schedules"].update(strength={"default": 0}), "at most 1", True),
+    ("strength above 1", lambda m: m["schedules"].update(strength={"default": 1.1}), "at most 1", True),
+    ("strength of no step", lambda m: m["schedules"].update(strength={"default": 0.5}), "order", False),
+    ("start of no row", lambda m: m["tensors"]["initial_scale"].update(column="start"), "strength", False),
+    (
+        "start of a number",
+        lambda m: (
+            m["schedules"].update(strength={"default": 1}),
+            m["tensors"]["initial_scale"].update(column="start"),
+        ),
+        "shape",
+        False,
+    ),
     ("no such tokenizer", lambda m: m["tensors"]["ids.base"].update(tokenizer="ghost"), "ghost", False),
     ("no place for the text", lambda m: m["tokenizers"]["long"].update(template="none"), "template", True),
     ("two places", lambda m: m["tokenizers"]["long"].update(template="{} or {}"), "template", False),
@@ -193,12 +208,30 @@ BAD: list[tuple[str, Any, str, bool]] = [
     ("gate is none", lambda m: m["deltas"].update(gate="image"), "gate", False),
     ("target twice", lambda m: m["deltas"]["targets"].append(m["deltas"]["targets"][0]), "repeats", False),
     ("target rank", lambda m: m["deltas"]["targets"][0].update(rank=4), "rank", False),
+    ("experts without number", lambda m: m["deltas"]["targets"][0].update(kind="experts"), "experts", False),
+    ("experts of a linear layer", lambda m: m["deltas"]["targets"][0].update(experts=4), "experts", False),
     ("conv without kernel", lambda m: m["deltas"]["targets"][0].update(kind="conv"), "kernel", False),
     ("axis circle", lambda m: m["axes"].update(height={"of": "latent_height", "divide": 1}), "axes", False),
     ("indivisible", lambda m: m["axes"]["latent_height"].update(divide=3), "divide", False),
+    ("sum and limits", lambda m: m["axes"]["height"].update(sum=[{"times": 2}]), "mixes", True),
+    ("sum of nothing", lambda m: m["axes"].update(n={"sum": [{"of": ["ghost"]}]}), "ghost", False),
+    ("sum of derived", lambda m: m["axes"].update(n={"sum": [{"of": ["latent_height"]}]}), "derived", False),
+    ("sum that rounds", lambda m: m["axes"].update(n={"sum": [{"times": 3, "divide": 2}]}), "divide", False),
+    (
+        "sum too large",
+        lambda m: m["axes"].update(n={"sum": [{"of": ["batch"], "times": 2**31 - 1}] * 17}),
+        "sum",
+        True,
+    ),
+    ("term of five", lambda m: m["axes"].update(n={"sum": [{"of": ["batch"] * 5}]}), "4 names", True),
+    ("stage", lambda m: m["graphs"]["step"].update(stage=256), "stage", True),
     ("min above max", lambda m: m["axes"]["batch"].update(min=9), "min", False),
     ("image is none", lambda m: m["image"].update(tensor="gate"), "image", False),
     ("image without sizes", lambda m: m["image"].update(min=9, max=15), "multiple", False),
+    ("sizes off the limits", lambda m: m["image"].update(sizes=[[8, 8], [8, 72]]), "image.sizes[1]", False),
+    ("sizes off the multiple", lambda m: m["image"].update(sizes=[[12, 8]]), "multiples of 8", False),
+    ("size of three", lambda m: m["image"].update(sizes=[[8, 8, 8]]), "a width and a height", True),
+    ("sizes of no pair", lambda m: m["image"].update(sizes=[8]), "image.sizes[0]", True),
     ("link to nowhere", lambda m: m["linked"]["step.onnx"]["mix"].update(source="ghost"), "ghost", False),
     ("link past the end", lambda m: m["linked"]["step.onnx"]["mix"].update(offset=990), "offset", False),
     ("link length", lambda m: m["linked"]["step.onnx"]["mix"].update(length=33), "length", False),
@@ -433,6 +466,40 @@ def test_schema_has_the_keys_of_the_dataclasses() -> None:
         assert set(part["properties"]) == {key for key, _, _ in fields.values()}, name
         required = {key for key, _, default in fields.values() if default is dataclasses.MISSING}
         assert set(part.get("required", [])) == required, name
+
+
+def test_sizes_are_written_and_read() -> None:
+    value = valid()
+    value["image"]["sizes"] = [[8, 64], [64, 8]]
+    VALIDATOR.validate(value)
+    manifest = Manifest.from_dict(value)
+    assert manifest.image is not None
+    assert manifest.image.sizes == ((8, 64), (64, 8))
+    assert manifest.to_dict()["image"] == value["image"]
+
+
+def test_scales_without_a_condition_decide_nothing() -> None:
+    text, image = Guidance("text", 7.5, above=1.0), Guidance("image", 1.5, at_least=1.0)
+    distilled = Guidance("distilled", 2.5)
+    assert is_guided([text, image, distilled])
+    assert not is_guided([distilled])
+    assert not is_guided([])
+    scales = {"text": [0.5, 1.5], "image": [1.0, 0.5], "distilled": [0.0, 0.0]}
+    assert is_guided([text, image, distilled], scales)  # each by another sample
+    assert not is_guided([text, image, distilled], scales | {"image": [0.5, 0.5]})
+    assert not is_guided([text, distilled], {"text": [1.0], "distilled": [9.0]})
+
+
+def test_with_no_condition_there_is_one_form() -> None:
+    value = valid()
+    value["guidance"][0] = {"name": "text", "default": 3.5}
+    VALIDATOR.validate(value)
+    unguided = [call for call in value["program"] if not call.get("guided")]
+    manifest = Manifest.from_dict({**value, "program": unguided})
+    assert manifest.guidance == (Guidance("text", 3.5),)
+    for call in unguided:  # in either form's calls alone, nothing makes the carried tensors
+        call.pop("guided", None)
+    assert Manifest.from_dict({**value, "program": unguided}).program[-2].guided is None
 
 
 def test_without_guidance_there_is_one_form() -> None:

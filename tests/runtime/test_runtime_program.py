@@ -13,7 +13,7 @@ import toy_bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toy_bundle import DELTAS, reference, rewrite, write_bundle
+from toy_bundle import DELTAS, distil, reference, rewrite, write_bundle
 
 from hywu_runtime import Bundle, Deltas, Editor, Manifest
 from hywu_runtime.backends import available_backends, create_backend
@@ -101,6 +101,83 @@ def test_stochastic_sampler_with_more_rows_than_steps(editor: Editor) -> None:
     assert len(editor.timings.steps) == 7
     given = edit(editor, photo(), "a", steps=4, sampler="wild", seed=2**40 + 3, noise=noise[:, None])
     np.testing.assert_array_equal(given, result)
+
+
+@pytest.fixture(scope="module")
+def midway(tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    path = tmp_path_factory.mktemp("midway") / "bundle"
+    toy_bundle.write_midway(path)
+    return Editor.load(path, "ort-cpu", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "strength", "skipped"),
+    [
+        ("even", 5, None, 2),
+        ("even", 5, 0.5, 2),
+        ("even", 5, 1.0, 0),
+        ("even", 1, None, 0),
+        ("wild", 4, 0.5, 4),
+    ],
+)
+def test_edits_that_start_midway(
+    midway: Editor, sampler: str, steps: int, strength: float | None, skipped: int
+) -> None:
+    """The first rows are left out: 5 steps with 0.5 start at int(5 - 2.5); Wild makes two rows of a step."""
+    result = edit(midway, photo(), "hello", steps=steps, sampler=sampler, strength=strength, seed=9)
+    rows = (2 * steps - 1 if sampler == "wild" else steps) - skipped
+    noise = np.stack([normal(LATENT, 9, 0, k + 1) for k in range(rows)])  # numbered by what runs
+    expected, _ = reference(
+        photo(), "hello", region()[0, 0], normal(LATENT, 9), steps=steps, sampler=sampler, start=skipped,
+        step_noise=noise if sampler == "wild" else None,
+    )  # fmt: skip
+    assert_close(result, expected)
+    assert len(midway.timings.steps) == rows
+    given = {"sampler": sampler, "steps": steps, "strength": strength, "latents": normal(LATENT, 9)[None]}
+    if sampler == "wild":
+        given["noise"] = noise[:, None]
+    np.testing.assert_array_equal(edit(midway, photo(), "hello", **given), result)
+
+
+def test_what_a_strength_may_be(midway: Editor, editor: Editor) -> None:
+    assert midway.limits().default_strength == 0.6
+    assert editor.limits().default_strength is None
+    for strength in (0, -0.5, 1.01, float("nan"), True, "0.5"):
+        with pytest.raises(InputError, match="above 0 and at most 1"):
+            edit(midway, photo(), "x", strength=strength)
+    with pytest.raises(InputError, match="No step is left of 5"):
+        edit(midway, photo(), "x", steps=5, strength=1e-17)
+    with pytest.raises(InputError, match="starts every edit from noise"):
+        edit(editor, photo(), "x", strength=0.5)
+
+
+def test_a_sampler_that_cannot_start_midway(tmp_path: Path) -> None:
+    toy_bundle.write_midway(tmp_path / "bundle")
+    rewrite(tmp_path / "bundle", lambda m: m["schedules"]["samplers"]["wild"].pop("order"))
+    with Editor.load(tmp_path / "bundle", "ort-cpu", threads=1) as editor:
+        with pytest.raises(InputError, match="or the sampler even"):
+            edit(editor, photo(), "x", sampler="wild")
+        edit(editor, photo(), "x", sampler="wild", strength=1.0)
+        edit(editor, photo(), "x")
+
+
+def test_a_scale_without_a_condition_is_given_to_the_graphs(tmp_path: Path, counted: list[str]) -> None:
+    """`distilled` stands for the scale that the guided step reads; `text` decides alone."""
+    write_bundle(tmp_path / "b")
+    rewrite(tmp_path / "b", distil)
+    with Editor.load(tmp_path / "b") as editor:
+        assert editor.limits().guidance == {"text": 2.0, "distilled": 3.0}
+        for guidance, form, scale in (
+            ({}, "step", 3.0),
+            ({"distilled": 1.5}, "step", 1.5),
+            ({"text": 1.0, "distilled": 9.0}, "step_plain", 1.0),
+        ):
+            counted.clear()
+            result = edit(editor, photo(), "hello", steps=2, guidance=guidance, seed=9)
+            assert {"step", "step_plain"} & set(counted) == {form}
+            noise = normal(LATENT, 9)
+            expected, _ = reference(photo(), "hello", region()[0, 0], noise, steps=2, guidance=scale)
+            assert_close(result, expected)
 
 
 def test_guided_and_unguided_choose_their_calls(toy: Path, counted: list[str]) -> None:

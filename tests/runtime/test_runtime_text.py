@@ -88,6 +88,18 @@ def test_a_template(clip: tuple[CLIPTokenizer, Path]) -> None:
     np.testing.assert_array_equal(mask, expected.attention_mask)
 
 
+def test_lower_case(clip: tuple[CLIPTokenizer, Path]) -> None:
+    """The text is, the template is not; white space goes from the text's ends alone."""
+    tokenizer, path = clip
+    texts = [" Make IT\u3000ßepia\u2003\n", "İstanbul", "\t", "ΣΑΣ"]
+    exact = Tokenizer("t.json", 32, tokenizer.pad_token_id, template="Ask: {} !")
+    lower = Tokenizer("t.json", 32, tokenizer.pad_token_id, template="Ask: {} !", lowercase=True)
+    plain = ["make it\u3000ßepia", "i\u0307stanbul", "", "σασ"]  # a capital sigma is the same everywhere
+    np.testing.assert_array_equal(
+        PromptEncoder(path, lower).encode(texts)[0], PromptEncoder(path, exact).encode(plain)[0]
+    )
+
+
 def test_refusing_instead_of_cutting(clip: tuple[CLIPTokenizer, Path]) -> None:
     encoder = PromptEncoder(clip[1], Tokenizer("t.json", 12, 1, truncate=False))
     assert encoder.encode(["short"])[0].shape == (1, 12)

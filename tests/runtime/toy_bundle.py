@@ -46,6 +46,11 @@ GRAPHS = {
             t = Transpose<perm=[0, 2, 3, 1]>(u) p = MatMul(t, back) q = Clip(p, zero, one) v = Mul(q, level) r = Round(v)
             image = Cast<to=2>(r) }""",
 }
+# In place of `prepare` in the bundle whose edits start midway.
+MIDWAY = """depart (float[batch, 4, h, w] noise, float[batch, 4, h, w] source, float[2] start, float[batch, 4] words) => (
+        float[batch, 4, h, w] latents, float[batch, 4] cache) {
+        s0 = Gather(start, i0) s1 = Gather(start, i1) clean = Mul(source, s0) noisy = Mul(noise, s1)
+        latents = Add(clean, noisy) cache = Neg(words) }"""
 _STEP = """%s (float[batch, 4, h, w] latents, float[batch, 4, h, w] source, float[batch, 1, h, w] region, float[batch, 4] words,
         float[batch, 4] cache, float t, float[4] c, float[batch, 4, h, w] noise,
         float[d, 3, 4] a, float[d, 4, 3] b, float[batch] gate%s) => (float[batch, 4, h, w] next, float[batch,
@@ -68,7 +73,7 @@ CONSTANTS: dict[str, Any] = {
     "axis": np.array([1], np.int64), "last": np.array([-1], np.int64), "spatial": np.array([2, 3], np.int64),
     "hw": np.array([2, 3], np.int64), "rest": np.array([1, 2], np.int64), "one_i": np.array([1], np.int64),
     "level": np.float32(255), "point5": np.float32(0.5), "zero": np.float32(0), "one": np.float32(1),
-    "i1": np.int64(1), "i2": np.int64(2), "i3": np.int64(3), "rows": np.array([0, -1, 4], np.int64),
+    "i0": np.int64(0), "i1": np.int64(1), "i2": np.int64(2), "i3": np.int64(3), "rows": np.array([0, -1, 4], np.int64),
     "shape_a": np.array([-1, 3, 4], np.int64), "shape_b": np.array([-1, 4, 3], np.int64),
     "scales": np.array([1, 1, 4, 4], np.float32),
 }  # fmt: skip
@@ -88,7 +93,7 @@ def weights() -> dict[str, np.ndarray]:
 
 def model(name: str) -> onnx.ModelProto:
     """One graph of the family."""
-    graph = onnx.parser.parse_graph(GRAPHS[name])
+    graph = onnx.parser.parse_graph(GRAPHS.get(name, MIDWAY))
     values = weights()
     used = {i for node in graph.node for i in node.input}
     declared = [v.name for v in graph.value_info]
@@ -135,6 +140,7 @@ def schedule(sampler_rows: int = 1) -> dict[str, np.ndarray]:
             coefficients[:, 3] = 0
         tables[f"{name}.coefficients"] = coefficients
         tables[f"{name}.initial_scale"] = np.linspace(1, 2, 6).astype(np.float32)
+        tables[f"{name}.start"] = rng.uniform(0.2, 0.9, (total, 2)).astype(np.float32)
     return tables
 
 
@@ -248,6 +254,31 @@ def write_bundle(path: Path) -> Manifest:
     return manifest
 
 
+def write_midway(path: Path, default: float = 0.6) -> None:
+    """The same, but edits start from the photo's latents; Wild makes two rows of a step."""
+    write_bundle(path)
+    onnx.save(model("depart"), path / "depart.onnx")
+
+    def change(m: dict[str, Any]) -> None:
+        latents = m["tensors"]["noise.initial"]["shape"]
+        words = {"name": "words", "dtype": "float32", "shape": ["batch", 4]}
+        inputs = [
+            {"name": "noise", "dtype": "float32", "shape": latents}, {"name": "source", "dtype": "float32", "shape": latents},
+            {"name": "start", "dtype": "float32", "shape": [2]}, words,
+        ]  # fmt: skip
+        outputs = [{"name": "latents", "dtype": "float32", "shape": latents}, {**words, "name": "cache"}]
+        del m["graphs"]["prepare"], m["tensors"]["initial_scale"], m["files"]["prepare.onnx"]
+        m["graphs"]["depart"] = {"file": "depart.onnx", "inputs": inputs, "outputs": outputs}
+        m["tensors"]["start"] = {"dtype": "float32", "shape": [2], "source": "schedule", "column": "start"}
+        (call,) = (call for call in m["program"] if call["graph"] == "prepare")
+        call["graph"], call["inputs"] = "depart", {"noise": "noise.initial", "words": "prompt.words"}
+        m["schedules"]["strength"] = {"default": default}
+        for name, order in (("even", 1), ("wild", 2)):
+            m["schedules"]["samplers"][name]["order"] = order
+
+    rewrite(path, change)
+
+
 def list_files(path: Path) -> dict[str, Any]:
     return {
         file.relative_to(path).as_posix(): {
@@ -257,6 +288,12 @@ def list_files(path: Path) -> dict[str, Any]:
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.name != "manifest.json"
     }
+
+
+def distil(manifest: Any) -> None:
+    """What the guided step reads is a scale of its own, without a condition."""
+    manifest["guidance"].append({"name": "distilled", "default": 3.0})
+    manifest["tensors"]["guidance.text"]["guidance"] = "distilled"
 
 
 def rewrite(path: Path, change: Any) -> None:
@@ -295,8 +332,12 @@ def reference(
     gate: float = 1.0,
     step_noise: np.ndarray | None = None,
     deltas: Any = None,
+    start: int | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """One sample of the program in NumPy: the picture and the deltas. ``noise`` is the unit initial noise [4, h, w]."""
+    """One sample of the program in NumPy: the picture and the deltas. ``noise`` is the unit initial noise [4, h, w].
+
+    ``start`` is the first row, counted from the step count's, of a bundle that starts midway.
+    """
     w, table = weights(), schedule()
     words = w["words.table"][token_ids(prompt, 8, 256)[0]].mean(0)
     base = w["words.table"][token_ids("base", 8, 256)[0]].mean(0)
@@ -312,6 +353,10 @@ def reference(
         a, b = deltas[DELTAS[0]][0], deltas[DELTAS[1]][0]
     x, cache = noise * table[f"{sampler}.initial_scale"][steps], -words
     first, last = table[f"{sampler}.offsets"][steps : steps + 2]
+    if start is not None:
+        first += start
+        clean, noisy = table[f"{sampler}.start"][first]
+        x = clean * source + noisy * noise
     for k, row in enumerate(range(first, last)):
         flat = x.transpose(1, 2, 0)
         y = flat @ w["mix"] + gate * (flat @ a.T) @ b.T

@@ -126,11 +126,12 @@ HYWU_API hywu_status hywu_set_log(hywu_log_callback callback, void* user, int32_
 
 /* ---- Handles and plain values ---- */
 
-typedef struct hywu_bundle hywu_bundle; /* an opened bundle; what its editors share */
-typedef struct hywu_editor hywu_editor; /* runs a bundle on a backend */
-typedef struct hywu_deltas hywu_deltas; /* an immutable set of weight deltas */
-typedef struct hywu_images hywu_images; /* edited pictures */
-typedef struct hywu_cancel hywu_cancel; /* a flag that ends a request early */
+typedef struct hywu_bundle hywu_bundle;   /* an opened bundle; what its editors share */
+typedef struct hywu_editor hywu_editor;   /* runs a bundle on a backend */
+typedef struct hywu_deltas hywu_deltas;   /* an immutable set of weight deltas */
+typedef struct hywu_images hywu_images;   /* edited pictures */
+typedef struct hywu_tensors hywu_tensors; /* what a module that is no editor made */
+typedef struct hywu_cancel hywu_cancel;   /* a flag that ends a request early */
 
 /* A picture: `height` rows of `width` pixels of 3 bytes; `stride` bytes from row to row, 0 for 3 * width. */
 typedef struct hywu_pixels {
@@ -236,6 +237,8 @@ typedef struct hywu_limits {
     int32_t generates;     /* whether it makes deltas */
     int32_t default_steps; /* 0: no schedule */
     size_t sampler_count, guidance_count;
+    double default_strength; /* 0: edits start from noise */
+    size_t photo_count;      /* photos of each sample; 1 for nearly all bundles */
 } hywu_limits;
 /* Fills `limits`, whose struct_size the caller has set. On a backend that runs engines, batch and sizes are
  * those that its engines take, the sizes those of the newest. */
@@ -243,6 +246,8 @@ HYWU_API hywu_status hywu_editor_limits(const hywu_editor* editor, hywu_limits* 
 /* The samplers, the default first, and the scales of guidance, by index; NULL after the last. */
 HYWU_API const char* hywu_editor_sampler(const hywu_editor* editor, size_t index);
 HYWU_API const char* hywu_editor_guidance(const hywu_editor* editor, size_t index, double* default_scale);
+/* What hywu_run gives, by index; NULL after the last. */
+HYWU_API const char* hywu_editor_output(const hywu_editor* editor, size_t index);
 /* The step counts that a sampler takes, ascending; NULL is the default. Writes up to `capacity` of them, and
  * how many there are; `steps` may be NULL if `capacity` is 0. */
 HYWU_API hywu_status hywu_editor_steps(const hywu_editor* editor, const char* sampler, int32_t* steps,
@@ -299,7 +304,7 @@ typedef struct hywu_guidance {
 typedef struct hywu_edit_params {
     size_t struct_size;
     size_t count;                          /* samples; 1 by default */
-    const hywu_pixels* photos;             /* [count] */
+    const hywu_pixels* photos;             /* [count * photo_count], sample by sample */
     const char* const* prompts;            /* [count] instructions; NULL: empty */
     const size_t* prompt_lengths;          /* [count] bytes; NULL: they end with a NUL */
     const char* const* negative_prompts;   /* [count] what guidance leads away from; NULL: empty */
@@ -323,6 +328,9 @@ typedef struct hywu_edit_params {
     hywu_progress_callback progress; /* may be NULL */
     void* progress_user;
     hywu_cancel* cancel; /* may be NULL */
+    double strength;     /* where edits start from the photo: the part of the steps to run, above 0 and at */
+                         /* most 1, which keeps nothing of the photo; 0: the bundle's default */
+    size_t photo_count; /* photos of each sample; 1 by default. The size of the last is that of the picture */
 } hywu_edit_params;
 HYWU_API hywu_status hywu_edit_params_init(hywu_edit_params* params, size_t struct_size);
 
@@ -348,12 +356,37 @@ typedef struct hywu_generate_params {
     const hywu_tensor* inputs;
     size_t input_count; /* their batch is that of the deltas */
     hywu_cancel* cancel;
+    size_t photo_count; /* photos at `photo`; 1 by default */
 } hywu_generate_params;
 HYWU_API hywu_status hywu_generate_params_init(hywu_generate_params* params, size_t struct_size);
 
 /* The deltas that an edit of the photo with the prompt would use. HYWU_ERROR_…: as hywu_edit. */
 HYWU_API hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* params,
                                    hywu_deltas** deltas);
+
+/* A request to a bundle of any module (hywu_export.trace): tensors in, tensors out. */
+typedef struct hywu_run_params {
+    size_t struct_size;
+    const hywu_tensor* inputs; /* [input_count] by name; their batch is the request's */
+    size_t input_count;
+    const char* const* outputs;       /* [output_count] the results to compute, by name */
+    size_t output_count;              /* 0: all that the bundle names */
+    double delta_strength;            /* 1 is as generated, 0 the base model */
+    const double* delta_strengths;    /* [strength_count], one for each sample */
+    size_t strength_count;            /* 0: `delta_strength` for all */
+    const hywu_deltas* const* deltas; /* [delta_count]: use these and do not run the generator */
+    size_t delta_count;               /* 0; 1: one set for all or for the batch; the batch: one for each */
+    hywu_cancel* cancel;              /* may be NULL */
+} hywu_run_params;
+HYWU_API hywu_status hywu_run_params_init(hywu_run_params* params, size_t struct_size);
+
+/* Runs a bundle that names outputs. HYWU_ERROR_…: as hywu_edit; _UNSUPPORTED if it names none. */
+HYWU_API hywu_status hywu_run(hywu_editor* editor, const hywu_run_params* params, hywu_tensors** tensors);
+
+HYWU_API size_t hywu_tensors_count(const hywu_tensors* tensors);
+/* A tensor by index, in the order of the outputs. */
+HYWU_API hywu_status hywu_tensors_get(const hywu_tensors* tensors, size_t index, hywu_tensor* tensor);
+HYWU_API void hywu_tensors_free(hywu_tensors* tensors);
 
 /* ---- Deltas ---- */
 

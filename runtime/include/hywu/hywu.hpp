@@ -362,11 +362,31 @@ private:
     detail::Handle<hywu_images, hywu_images_free> handle_;
 };
 
+// What Editor::run made.
+class Tensors {
+public:
+    std::size_t size() const noexcept { return hywu_tensors_count(get()); }
+    // Tensor i < size(), in the order of the outputs; its data is held by this.
+    Tensor operator[](std::size_t i) const {
+        hywu_tensor found = {};
+        if (hywu_tensors_get(get(), i, &found) != HYWU_OK) return {};
+        return Tensor(found.name, static_cast<Dtype>(found.dtype), {found.shape, found.shape + found.rank},
+                      found.data);
+    }
+    const hywu_tensors* get() const noexcept { return handle_.get(); }
+
+private:
+    friend class Editor;
+    explicit Tensors(hywu_tensors* handle) : handle_(handle) {}
+    detail::Handle<hywu_tensors, hywu_tensors_free> handle_;
+};
+
 // One photograph with its instruction.
 struct Sample {
     Pixels photo;
     std::string prompt;
     std::string negative_prompt = {};
+    std::vector<Pixels> more_photos = {};  // after the first, for a bundle that takes several
 };
 
 // What hywu_edit_params says beside the samples. Vectors have one entry for all samples, or one for each;
@@ -379,6 +399,7 @@ struct EditOptions {
     std::vector<const Deltas*> deltas;
     std::string sampler;
     std::int32_t steps = 0, width = 0, height = 0;
+    double strength = 0;  // 0: the bundle's default
     std::optional<Tensor> noise, latents;
     std::vector<Tensor> inputs;
     // Evaluations done, and in all. What it throws comes out of the call.
@@ -501,10 +522,48 @@ public:
     // The deltas that an edit would use. Of the options: width, height, inputs, cancel.
     Returned<Deltas> generate(Pixels photo, const std::string& prompt, const EditOptions& options = {}) {
         const hywu_pixels pixels = photo;
-        return generate(&pixels, prompt, options);
+        return generate(&pixels, 1, prompt, options);
+    }
+    // Of several photos, for a bundle that takes so many.
+    Returned<Deltas> generate(const std::vector<Pixels>& photos, const std::string& prompt,
+                              const EditOptions& options = {}) {
+        const std::vector<hywu_pixels> pixels(photos.begin(), photos.end());
+        return generate(pixels.data(), pixels.size(), prompt, options);
     }
     // Where inputs stand for what is made of a photo.
-    Returned<Deltas> generate(const EditOptions& options) { return generate(nullptr, "", options); }
+    Returned<Deltas> generate(const EditOptions& options) { return generate(nullptr, 1, "", options); }
+
+    // A bundle of any module. Of the options: deltas, delta_strength, cancel. `outputs`: which of outputs();
+    // none: all.
+    Returned<Tensors> run(const std::vector<Tensor>& inputs, const EditOptions& options = {},
+                          const std::vector<std::string>& outputs = {}) {
+        hywu_run_params params = {};
+        hywu_status status = hywu_run_params_init(&params, sizeof params);
+        std::vector<hywu_tensor> views;
+        for (const Tensor& tensor : inputs) views.push_back(tensor.view());
+        std::vector<const char*> names;
+        for (const std::string& name : outputs) names.push_back(name.c_str());
+        std::vector<const hywu_deltas*> sets;
+        for (const Deltas* set : options.deltas) sets.push_back(set->get());
+        params.inputs = detail::pointer(views);
+        params.input_count = views.size();
+        params.outputs = detail::pointer(names);
+        params.output_count = names.size();
+        params.deltas = detail::pointer(sets);
+        params.delta_count = sets.size();
+        params.delta_strengths = detail::pointer(options.delta_strength);
+        params.strength_count = options.delta_strength.size();
+        params.cancel = options.cancel != nullptr ? options.cancel->get() : nullptr;
+        hywu_tensors* made = nullptr;
+        if (status == HYWU_OK) status = hywu_run(get(), &params, &made);
+        return detail::finish(status, [&] { return Tensors(made); });
+    }
+    // What run() gives.
+    std::vector<std::string> outputs() const {
+        std::vector<std::string> names;
+        while (const char* name = hywu_editor_output(get(), names.size())) names.emplace_back(name);
+        return names;
+    }
 
     Returned<void> warm_up() { return detail::finish(hywu_editor_warm_up(get())); }
     std::string backend() const { return hywu_editor_backend(get()); }
@@ -594,6 +653,11 @@ private:
             const std::size_t count = samples.size();
             for (const Sample& sample : samples) {
                 photos_.push_back(sample.photo);
+                photos_.insert(photos_.end(), sample.more_photos.begin(), sample.more_photos.end());
+                if (sample.more_photos.size() != samples.begin()->more_photos.size()) {
+                    refused = Error(Status::input, "The samples have different numbers of photos",
+                                    "Expected as many for each", "Give as many as the bundle takes");
+                }
                 photo_given_ |= sample.photo.data != nullptr;
                 prompts_.push_back(sample.prompt.data());
                 lengths_.push_back(sample.prompt.size());
@@ -602,6 +666,7 @@ private:
             }
             params.count = count;
             if (photo_given_) params.photos = photos_.data();
+            if (count != 0) params.photo_count = photos_.size() / count;
             params.prompts = detail::pointer(prompts_);
             params.prompt_lengths = detail::pointer(lengths_);
             params.negative_prompts = detail::pointer(negatives_);
@@ -628,6 +693,7 @@ private:
             params.delta_count = deltas_.size();
             params.sampler = options.sampler.empty() ? nullptr : options.sampler.c_str();
             params.steps = options.steps;
+            params.strength = options.strength;
             params.width = options.width;
             params.height = options.height;
             if (options.noise) params.noise = &(noise_ = options.noise->view());
@@ -699,13 +765,14 @@ private:
 #endif
     };
 
-    Returned<Deltas> generate(const hywu_pixels* photo, const std::string& prompt,
+    Returned<Deltas> generate(const hywu_pixels* photos, std::size_t count, const std::string& prompt,
                               const EditOptions& options) {
         hywu_generate_params params = {};
         hywu_status status = hywu_generate_params_init(&params, sizeof params);
         std::vector<hywu_tensor> inputs;
         for (const Tensor& tensor : options.inputs) inputs.push_back(tensor.view());
-        params.photo = photo;
+        params.photo = photos;
+        params.photo_count = count;
         params.prompt = prompt.data();
         params.prompt_length = prompt.size();
         params.width = options.width;

@@ -100,7 +100,7 @@ class Deltas(Mapping[str, Array]):
             raise DeltaError(
                 f"{path} is not marked as a delta file of version 1",
                 "Expected the metadata `hywu.deltas` = `1`",
-                "Convert a PEFT adapter with `hywu deltas convert`",
+                "Convert a LoRA file with `hywu deltas convert`",
             )
         return cls({name: _to_array(name, entry) for name, entry in sorted(entries, key=lambda e: e[0])})
 
@@ -253,6 +253,17 @@ class Deltas(Mapping[str, Array]):
                 f"Expected 1 or {batch}",
                 "Use `stack` or `select`",
             )
+
+
+def is_delta_file(path: str | Path) -> bool:
+    """Whether ``path`` is a safetensors file that is marked as a delta file; what cannot be read is none."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            return "hywu.deltas" in (stream.metadata() or {})
+    except Exception:  # safetensors' own exception among others
+        return False
 
 
 def _rank_axis(name: str, tensor: Array) -> int:

@@ -19,8 +19,8 @@ from hywu_runtime.codec import show
 from hywu_runtime.deltas import Deltas
 from hywu_runtime.engines import BATCH, narrowed, sides
 from hywu_runtime.errors import BundleError, DeltaError, InputError, UnsupportedError
-from hywu_runtime.images import Photo, Pixels, Size, load_photo
-from hywu_runtime.manifest import ImagePolicy, ProvidedTensor
+from hywu_runtime.images import Photo, Pixels, Size, load_photo, resize, resized_sizes
+from hywu_runtime.manifest import ImagePolicy, ProvidedTensor, is_guided
 from hywu_runtime.noise import normal
 from hywu_runtime.program import Executor, Plan, Request, Timings, make_plan, resolve_axes, resolve_shape
 from hywu_runtime.schedule import Rows, Schedule
@@ -42,7 +42,8 @@ class Limits:
     """What an editor accepts.
 
     ``steps``: sampler to its step counts. ``guidance``: scale to its default. ``rank``: the largest rank of
-    deltas, 0 without deltas.
+    deltas, 0 without deltas. ``default_strength``: None where every edit starts from noise.
+    ``photos``: how many each request has. ``outputs``: what `Editor.run` gives.
     """
 
     batch: tuple[int, int]
@@ -54,13 +55,16 @@ class Limits:
     rank: int
     edits: bool
     generates: bool
+    default_strength: float | None = None
+    photos: int = 1
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Samples:
     """What a batch of requests says, one entry per sample."""
 
-    pixels: list[Pixels]
+    pictures: Mapping[str, list[Pixels]]  # by tensor
     texts: Mapping[str, list[str]]
     seeds: list[tuple[int, int]]  # (seed, sample)
     scales: Mapping[str, list[float]]
@@ -179,15 +183,19 @@ class Editor:
             rank=m.deltas.rank if m.deltas is not None else 0,
             edits=m.results.image is not None,
             generates=bool(m.results.deltas),
+            default_strength=m.schedules.strength.default if m.schedules and m.schedules.strength else None,
+            photos=self._photos,
+            outputs=m.results.outputs,
         )
 
     def edit(
         self,
-        photo: Photo,
+        photo: Photo | Sequence[Photo],
         prompt: str,
         *,
         negative_prompt: str = "",
         steps: int | None = None,
+        strength: float | None = None,
         seed: int = 0,
         guidance: float | Mapping[str, float] | None = None,
         image_guidance: float | None = None,
@@ -208,18 +216,19 @@ class Editor:
             a PIL image, or with ``output="array"`` uint8 ``[H, W, 3]``.
         """
         return self.edit_batch(
-            [(photo, prompt)], negative_prompt=negative_prompt, steps=steps, seed=seed, guidance=guidance,
-            image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas, sampler=sampler,
-            size=size, noise=noise, latents=latents, inputs=inputs, output=output, progress=progress,
-            cancel=cancel,
+            [(photo, prompt)], negative_prompt=negative_prompt, steps=steps, strength=strength, seed=seed,
+            guidance=guidance, image_guidance=image_guidance, delta_strength=delta_strength, deltas=deltas,
+            sampler=sampler, size=size, noise=noise, latents=latents, inputs=inputs, output=output,
+            progress=progress, cancel=cancel,
         )[0]  # fmt: skip
 
     def edit_batch(
         self,
-        requests: Sequence[tuple[Photo, str]],
+        requests: Sequence[tuple[Photo | Sequence[Photo], str]],
         *,
         negative_prompt: str | Sequence[str] = "",
         steps: int | None = None,
+        strength: float | None = None,
         seed: int | Sequence[int] = 0,
         guidance: Scale | Mapping[str, Scale] | None = None,
         image_guidance: Scale | None = None,
@@ -239,10 +248,13 @@ class Editor:
         Where a sequence is taken, it has one entry per photograph.
 
         Args:
-            requests: (photo, instruction) pairs. All photos are brought to one working size: ``size``, or
-                the first photo's.
+            requests: (photo, instruction) pairs; for a bundle that takes several photos, a list of them in
+                place of each photo. All are brought to the working size of those of the first request, or
+                to ``size``; of several photos, this is the size of the one whose size the picture has.
             negative_prompt: what guidance leads away from.
             steps: step count; None is the bundle's default.
+            strength: of a bundle that starts from the photo: the part of the steps that runs, above 0 and
+                at most 1, where nothing of the photo is kept; None is the bundle's default.
             seed: 0 to 2**64 - 1. One seed gives each sample noise of its own; from a sequence, sample i is
                 what ``seed[i]`` alone gives.
             guidance: the scale named ``text``, or a mapping of names to scales; None is the bundle's
@@ -271,8 +283,8 @@ class Editor:
         if image is None:
             raise UnsupportedError(
                 "This bundle makes no images",
-                "It holds a generator of deltas alone",
-                "Use `generate`, or export with a base",
+                "It holds a generator of deltas alone, or a module that is no editor",
+                "Use `generate` or `run`, or export with a base",
             )
         if output not in ("pil", "array"):
             raise InputError(f"`output` is {show(output)}", "Expected pil or array", "Correct it")
@@ -282,14 +294,15 @@ class Editor:
         given = self._given(inputs, latents)
         if deltas is not None:
             given |= self._checked(deltas, len(samples))
-        scales = {g.name: samples.scales[g.name] for g in self._manifest.guidance}
-        guided = bool(scales) and all(any(map(g.satisfied, scales[g.name])) for g in self._manifest.guidance)
+        guided = is_guided(self._manifest.guidance, samples.scales)
         plan = make_plan(self._manifest, [image], frozenset(given), guided)
         given |= self._absent(plan, samples)
-        rows = self._schedule.rows(sampler, steps) if self._schedule is not None else None
-        if rows is None and not (steps is None and sampler is None):
+        rows = self._schedule.rows(sampler, steps, strength) if self._schedule is not None else None
+        if rows is None and not (steps is None and sampler is None and strength is None):
             raise InputError(
-                "This bundle has no schedule", "Expected neither `steps` nor `sampler`", "Leave them out"
+                "This bundle has no schedule",
+                "Expected neither `steps` nor `sampler` nor `strength`",
+                "Leave them out",
             )
         generated = tuple(
             name for name in self._manifest.results.deltas if deltas is None and name not in given
@@ -303,7 +316,7 @@ class Editor:
 
     def generate(
         self,
-        photo: Photo | None = None,
+        photo: Photo | Sequence[Photo] | None = None,
         prompt: str = "",
         *,
         size: Size | None = None,
@@ -340,13 +353,61 @@ class Editor:
                 )
         return deltas
 
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        *,
+        outputs: Sequence[str] | None = None,
+        deltas: Deltas | Sequence[Deltas] | None = None,
+        delta_strength: Scale = 1.0,
+        cancel: Cancel | None = None,
+    ) -> dict[str, Array]:
+        """Runs a module that is no image editor (``hywu_export.trace``): tensors in, tensors out.
+
+        Args:
+            inputs: values for tensors of the program, by name, of their dtypes. Their batch is the request's.
+            outputs: which results to compute; None is all that the bundle names.
+            deltas, delta_strength, cancel: as in :meth:`edit_batch`; one entry per sample.
+        Returns:
+            arrays by the names of ``outputs``.
+        Raises:
+            UnsupportedError: this bundle names no outputs.
+            InputError, DeltaError, CancelledError, BundleError, EngineError, DeviceError: as
+                :meth:`edit_batch`.
+        """
+        named = self._manifest.results.outputs
+        if not named:
+            raise UnsupportedError(
+                "This bundle names no outputs",
+                "It makes images or deltas",
+                "Use `edit` or `generate`, or make a bundle with hywu_export.trace",
+            )
+        wanted = tuple(outputs) if outputs is not None else named
+        for name in wanted:
+            if name not in named:
+                raise InputError(
+                    f"This bundle has no output {show(name)}",
+                    f"It has: {', '.join(named)}",
+                    "Correct `outputs`",
+                )
+        given = self._given(inputs, None)
+        count = self._batch_of(given)
+        samples = self._samples([(None, "")] * count, "", 0, None, None, delta_strength, None)
+        if deltas is not None:
+            given |= self._checked(deltas, count)
+        plan = make_plan(self._manifest, wanted, frozenset(given))
+        given |= self._absent(plan, samples)
+        generated = tuple(
+            name for name in self._manifest.results.deltas if deltas is None and name not in given
+        )
+        return self._run(plan, samples, given, None, None, generated, None, cancel)
+
     def warm_up(self) -> None:
         """Loads what a default request needs, and runs one on a gray photo if no input is missing."""
         m = self._manifest
-        guided = bool(m.guidance) and all(g.satisfied(g.default) for g in m.guidance)
-        plan = make_plan(
-            m, [m.results.image] if m.results.image is not None else m.results.deltas, guided=guided
-        )
+        guided = is_guided(m.guidance)
+        main = [m.results.image] if m.results.image is not None else m.results.outputs
+        plan = make_plan(m, main or m.results.deltas, guided=guided)
         with self._lock:
             self._check_open()
             self._executor.load(plan)
@@ -359,8 +420,9 @@ class Editor:
             else None
         )
         gray = np.full((height, width, 3), 128, np.uint8)
+        photos = [gray] * self._photos
         self.edit_batch(
-            [(gray, "")] * self._batch_limits()[0],
+            [(photos, "")] * self._batch_limits()[0],
             steps=fewest,
             delta_strength=0.0 if plan.absent else 1.0,
             size=(width, height) if m.image is not None else None,
@@ -396,7 +458,7 @@ class Editor:
 
     def _samples(
         self,
-        requests: Sequence[tuple[Photo | None, str]],
+        requests: Sequence[tuple[Photo | Sequence[Photo] | None, str]],
         negative_prompt: str | Sequence[str],
         seed: int | Sequence[int],
         guidance: Scale | Mapping[str, Scale] | None,
@@ -418,7 +480,7 @@ class Editor:
         alone = not isinstance(seed, Iterable)
         seeds = [(_seed(s), i if alone else 0) for i, s in enumerate(_per_sample("seed", seed, count))]
         return _Samples(
-            pixels=self._pixels([photo for photo, _ in pairs], size),
+            pictures=self._pictures([photo for photo, _ in pairs], size),
             texts={
                 "prompt": [prompt for _, prompt in pairs],
                 "negative_prompt": _per_sample("negative_prompt", negative_prompt, count),
@@ -430,17 +492,59 @@ class Editor:
             ],
         )
 
-    def _pixels(self, photos: Sequence[Photo | None], size: Size | None) -> list[Pixels]:
-        # An explicit size is the user's: whether an engine takes it is seen when all axes are known.
-        policy = self._policy(len(photos)) if size is None else self._manifest.image
-        pixels: list[Pixels] = []
-        for photo in photos:
-            if photo is None:
+    def _pictures(
+        self, requests: Sequence[Photo | Sequence[Photo] | None], size: Size | None
+    ) -> dict[str, list[Pixels]]:
+        """What every tensor with source ``image`` shows of the photos of every request."""
+        tensors = {name: t for name, t in self._manifest.tensors.items() if t.source == "image"}
+        # What others start from comes first.
+        order = sorted(tensors, key=lambda name: (tensors[name].origin is not None, name))
+        made: dict[str, list[Pixels]] = {name: [] for name in tensors}
+        fitted: dict[str, list[tuple[int, int]]] = {}  # the first request's sizes, for all
+        for request in requests:
+            if request is None:
                 continue
-            if pixels and policy is not None:
-                size = (pixels[0].shape[1], pixels[0].shape[0])
-            pixels.append(load_photo(photo, policy, size))
-        return pixels
+            photos: list[Any] = list(request) if isinstance(request, (list, tuple)) else [request]
+            if len(photos) != self._photos:
+                raise InputError(
+                    f"The request has {len(photos)} photo{'s' if len(photos) != 1 else ''}",
+                    f"This bundle takes {self._photos} for each",
+                    "Give so many (a list; `hywu edit --photo` adds one), or export with other --images",
+                )
+            whole: dict[int, Pixels] = {}  # photos at their own size, where a tensor starts from them
+            for name in order:
+                tensor = tensors[name]
+                index = tensor.index or 0
+                if not tensor.resize:
+                    made[name].append(self._fitted(name, photos[index], made[name], size, len(requests)))
+                    continue
+                if tensor.origin is not None:
+                    start = made[tensor.origin][-1]
+                elif index in whole:
+                    start = whole[index]
+                else:
+                    start = whole[index] = load_photo(photos[index])
+                sizes = fitted.setdefault(name, resized_sizes(start.shape[1], start.shape[0], tensor.resize))
+                made[name].append(resize(start, tensor.resize, sizes))
+        return made
+
+    @property
+    def _photos(self) -> int:
+        """How many photos a request has."""
+        indices = [t.index or 0 for t in self._manifest.tensors.values() if t.source == "image"]
+        return 1 + max(indices, default=0)
+
+    def _fitted(
+        self, name: str, photo: Photo, others: Sequence[Pixels], size: Size | None, batch: int
+    ) -> Pixels:
+        """A photo at its working size: that of the ``others``, photos of earlier requests, if there are."""
+        policy = self._manifest.image
+        explicit = size if policy is not None and policy.tensor == name else None
+        if explicit is None:  # else it is the user's: whether an engine takes it is seen when axes are known
+            policy = self._policy(batch)
+        if others and policy is not None:
+            explicit = (others[0].shape[1], others[0].shape[0])
+        return load_photo(photo, policy, explicit)
 
     def _scales(
         self, guidance: Scale | Mapping[str, Scale] | None, image_guidance: Scale | None, count: int
@@ -571,11 +675,11 @@ class Editor:
         """A provided tensor whose size the request alone determines."""
         tensor = self._manifest.tensors[name]
         if tensor.source == "image":
-            if len(samples.pixels) != len(samples):
+            if len(samples.pictures[name]) != len(samples):
                 raise InputError(
                     "A photo is missing", "This bundle needs one for each request", "Give a photo"
                 )
-            return np.stack(self._same_size(samples.pixels))
+            return np.stack(self._same_size(samples.pictures[name]))
         if tensor.source == "text":
             return self._encode(name, samples)[0].astype(tensor.dtype)
         if tensor.source == "mask":
@@ -586,6 +690,14 @@ class Editor:
             return np.array(samples.strengths, np.float32)
         if tensor.column == "initial_scale" and rows is not None:
             return np.asarray(rows.initial_scale)
+        if tensor.column == "start" and rows is not None and rows.start is not None:
+            if rows.start.shape != tensor.shape:
+                raise BundleError(
+                    f"The schedule starts with {len(rows.start)} coefficients",
+                    f"Expected {list(tensor.shape)}, as tensor {show(name)}",
+                    "Export the bundle again",
+                )
+            return rows.start
         raise InputError(
             f"The tensor {show(name)} is missing",
             "This bundle takes it from the caller",

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from hywu_runtime.codec import show
 from hywu_runtime.errors import InputError
 from hywu_runtime.files import write_atomically
-from hywu_runtime.manifest import ImagePolicy
+from hywu_runtime.manifest import ImagePolicy, Resize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,7 +58,12 @@ def parse_size(size: Size, policy: ImagePolicy) -> tuple[int, int]:
 
 def working_size(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
     """The (width, height) at which a photo is edited by default; see *Image sizes* in docs/bundle.md."""
-    scale = min(math.sqrt(policy.default_area / (width * height)), 1.0)
+    offered = [size for size in policy.sizes if policy.min <= min(size) and max(size) <= policy.max]
+    if offered:
+        _, w, h = min((abs(width / height - w / h), w, h) for w, h in offered)
+        return w, h
+    scale = math.sqrt(policy.default_area / (width * height))
+    scale = scale if policy.enlarge else min(scale, 1.0)
     if min(width, height) * scale < policy.min:
         scale = policy.min / min(width, height)
     low = -(-policy.min // policy.multiple) * policy.multiple
@@ -67,6 +73,56 @@ def working_size(width: int, height: int, policy: ImagePolicy) -> tuple[int, int
         return max(low, min(high, math.floor(length * scale / policy.multiple + 0.5) * policy.multiple))
 
     return side(width), side(height)
+
+
+def resized_sizes(width: int, height: int, steps: Sequence[Resize]) -> list[tuple[int, int]]:
+    """The (width, height) after each of the ``steps``, from a photo of this size; see *Image sizes* in
+    docs/bundle.md.
+
+    Raises:
+        InputError: it would be beyond the most pixels that a photo may have.
+    """
+    sizes = []
+    for step in steps:
+        size, area = (width, height), width * height
+        made = _sides(size, step, _nearest, math.sqrt(area / step.area) if step.area is not None else 1.0)
+        if step.max_area is not None and made[0] * made[1] > step.max_area:
+            made = _sides(size, step, math.floor, math.sqrt(area / step.max_area))
+        elif step.min_area is not None and made[0] * made[1] < step.min_area:
+            made = _sides(size, step, math.ceil, 1.0, math.sqrt(step.min_area / area))
+        if made[0] * made[1] > MAX_PIXELS:
+            raise InputError(
+                f"A photo of {width}x{height} pixels would be brought to {made[0]}x{made[1]}",
+                f"Expected at most {MAX_PIXELS} pixels",
+                "Give a photo of another shape; if it is an ordinary one, the bundle is damaged",
+            )
+        width, height = made
+        sizes.append(made)
+    return sizes
+
+
+def _sides(
+    size: tuple[int, int],
+    step: Resize,
+    to_int: Callable[[float], int],
+    divisor: float,
+    factor: float = 1.0,
+) -> tuple[int, int]:
+    """Both sides divided or multiplied, and brought to a multiple by ``to_int``."""
+    multiple = step.multiple
+    width, height = (max(1, to_int(side / divisor * factor / multiple)) * multiple for side in size)
+    return width, height
+
+
+def _nearest(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+def resize(photo: Pixels, steps: Sequence[Resize], sizes: Sequence[tuple[int, int]]) -> Pixels:
+    """A photo uint8 ``[H, W, 3]`` brought to each of the ``sizes`` in turn, by the ``steps``' filters."""
+    for step, size in zip(steps, sizes):
+        photo = _resize(photo, size, step.filter)
+    return photo
 
 
 def load_photo(photo: Photo, policy: ImagePolicy | None = None, size: Size | None = None) -> Pixels:
@@ -240,9 +296,9 @@ def _target(width: int, height: int, policy: ImagePolicy | None, size: Size | No
     return parse_size(size, policy) if size is not None else working_size(width, height, policy)
 
 
-def _resize(pixels: Pixels, target: tuple[int, int] | None) -> Pixels:
+def _resize(pixels: Pixels, target: tuple[int, int] | None, filter: str = "lanczos") -> Pixels:
     from PIL import Image
 
     if target is None or target == (pixels.shape[1], pixels.shape[0]):
         return pixels
-    return np.array(Image.fromarray(pixels).resize(target, Image.Resampling.LANCZOS))
+    return np.array(Image.fromarray(pixels).resize(target, Image.Resampling[filter.upper()]))

@@ -8,8 +8,9 @@ things. Reading is strict: what a bundle may say is decided in one place, here a
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -107,8 +108,24 @@ class File:
 
 
 @dataclass(frozen=True)
+class Term:
+    """A part of a size: ``times`` the product of the sizes of the axes ``of``, divided by ``divide``."""
+
+    of: Annotated[tuple[Name, ...], Rule("at most 4 names of axes", lambda o: len(o) <= 4)] = ()
+    times: Size = 1
+    divide: Size = 1
+
+    def size(self, sizes: Mapping[str, int]) -> int | None:
+        """Its value, or None where the size of an axis is not known."""
+        if any(name not in sizes for name in self.of):
+            return None
+        return self.times * math.prod(sizes[name] for name in self.of) // self.divide
+
+
+@dataclass(frozen=True)
 class Axis:
-    """A dynamic axis: limits (``min``, ``max``, ``multiple``, ``one_or``), or ``of`` another, ``divide``d."""
+    """A dynamic axis: limits (``min``, ``max``, ``multiple``, ``one_or``), ``of`` another, ``divide``d, or a
+    ``sum`` of terms."""
 
     min: Size | None = None
     max: Size | None = None
@@ -116,6 +133,33 @@ class Axis:
     one_or: Name | None = None
     of: Name | None = None
     divide: Size | None = None
+    sum: Annotated[tuple[Term, ...], Rule("1 to 16 terms", lambda s: 1 <= len(s) <= 16)] = ()
+
+    @property
+    def derived(self) -> bool:
+        """Whether its size follows from those of other axes."""
+        return self.of is not None or bool(self.sum)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """A derived axis as a sum."""
+        return self.sum if self.of is None else (Term((self.of,), divide=self.divide or 1),)
+
+    def size(self, sizes: Mapping[str, int]) -> int | None:
+        """The size of a derived axis, or None where that of an axis that it depends on is not known."""
+        parts = [term.size(sizes) for term in self.terms]
+        return None if None in parts else sum(part for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How a photograph is brought to another size: sides are multiples of ``multiple``; areas in pixels."""
+
+    filter: Literal["lanczos", "bicubic"]
+    multiple: Size
+    area: Size | None = None
+    min_area: Size | None = None
+    max_area: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +174,11 @@ class ProvidedTensor:
     tokenizer: Name | None = None
     of: Name | None = None
     draw: Literal["initial", "step"] | None = None
-    column: Literal["initial_scale", "timesteps", "coefficients"] | None = None
+    column: Literal["initial_scale", "timesteps", "coefficients", "start"] | None = None
     guidance: Name | None = None
+    index: Count | None = None
+    origin: Name | None = field(default=None, metadata={"key": "from"})
+    resize: tuple[Resize, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -150,11 +197,17 @@ class Value:
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX file and its signature."""
+    """An ONNX file and its signature.
+
+    ``stage``: where it runs if there are several devices. ``stage_of``: the graph that it is a part of; the
+    parts run one after another. Information only.
+    """
 
     file: FilePath
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    stage: Annotated[int, Rule("an integer from 0 to 255", lambda n: 0 <= n <= 255)] = 0
+    stage_of: Name | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +240,7 @@ class Results:
 
     image: Name | None = None
     deltas: tuple[Name, ...] = ()
+    outputs: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -207,13 +261,24 @@ class State:
 
 @dataclass(frozen=True)
 class Sampler:
-    """One table of the schedule file. ``steps`` are the smallest and the largest step count."""
+    """One table of the schedule file. ``steps`` are the smallest and the largest step count.
+
+    ``order`` is the number of evaluations that a step of the sampler stands for, where it may start midway.
+    """
 
     class_name: Name = field(metadata={"key": "class"})
     steps: Annotated[
         tuple[Size, ...], Rule("two integers, smallest first", lambda s: len(s) == 2 and s[0] <= s[1])
     ]
     stochastic: bool = False
+    order: Size | None = None
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much of the schedule a request runs that starts midway, from its photo: 1 is all of it."""
+
+    default: Annotated[float, Rule("a number above 0 and at most 1", lambda s: 0 < s <= 1)]
 
 
 @dataclass(frozen=True)
@@ -224,16 +289,22 @@ class Schedules:
     default: Name
     default_steps: Size
     samplers: Mapping[Name, Sampler]
+    strength: Strength | None = None
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """A guidance scale, in effect if it is above ``above``, or at least ``at_least``."""
+    """A guidance scale; a request is guided only if it is above ``above``, or at least ``at_least``."""
 
     name: Name
     default: float
     above: float | None = None
     at_least: float | None = None
+
+    @property
+    def decides(self) -> bool:
+        """Whether the scale has a say in whether a request is guided; otherwise graphs merely read it."""
+        return self.above is not None or self.at_least is not None
 
     def satisfied(self, scale: float) -> bool:
         """Whether ``scale`` asks for guidance."""
@@ -242,15 +313,29 @@ class Guidance:
         return self.at_least is not None and scale >= self.at_least
 
 
+def is_guided(guidance: Iterable[Guidance], scales: Mapping[str, Iterable[float]] | None = None) -> bool:
+    """Whether a request is guided: there is a condition, and each one holds for at least one sample.
+
+    ``scales``: the values of each scale, one per sample; None stands for the defaults.
+    """
+    deciding = [scale for scale in guidance if scale.decides]
+    return bool(deciding) and all(
+        any(map(scale.satisfied, (scale.default,) if scales is None else scales[scale.name]))
+        for scale in deciding
+    )
+
+
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How a photograph's size becomes a working size; lengths in pixels."""
+    """How a photograph's size becomes a working size; lengths in pixels. ``sizes``: (width, height)."""
 
     tensor: Name
     multiple: Size
     min: Size
     max: Size
     default_area: Size
+    sizes: tuple[Annotated[tuple[Size, ...], Rule("a width and a height", lambda s: len(s) == 2)], ...] = ()
+    enlarge: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,19 +343,21 @@ class DeltaTarget:
     """A module that takes a delta."""
 
     module: Name
-    kind: Literal["linear", "conv"]
+    kind: Literal["linear", "conv", "experts"]
     in_features: Size = field(metadata={"key": "in"})
     out_features: Size = field(metadata={"key": "out"})
     rank: Size
     kernel: Annotated[tuple[Size, ...], Rule("two integers", lambda k: len(k) == 2)] | None = None
+    experts: Size | None = None
 
     def shapes(self, rank: int | None = None) -> dict[str, tuple[int, ...]]:
         """Tensor name to shape without the leading delta batch, at ``rank`` or the target's own."""
         r = self.rank if rank is None else rank
         kernel = self.kernel or ()
+        experts = () if self.experts is None else (self.experts,)
         return {
-            f"{self.module}.lora_A": (r, self.in_features, *kernel),
-            f"{self.module}.lora_B": (self.out_features, r),
+            f"{self.module}.lora_A": (*experts, r, self.in_features, *kernel),
+            f"{self.module}.lora_B": (*experts, self.out_features, r),
         }
 
 
@@ -299,6 +386,7 @@ class Tokenizer:
     pad_side: Literal["left", "right"] = "right"
     truncate: bool = True
     template: Template = "{}"
+    lowercase: bool = False
 
 
 @dataclass(frozen=True)
@@ -500,6 +588,12 @@ class Manifest:
             if state.next in found:
                 found[state.tensor] = Value(state.tensor, found[state.next].dtype, found[state.next].shape)
         return found
+
+    @cached_property
+    def least_sizes(self) -> dict[str, int]:
+        """The smallest size of every axis."""
+        own = {name: axis.min or 1 for name, axis in self.axes.items() if not axis.derived}
+        return own | {name: axis.size(own) or 1 for name, axis in self.axes.items() if axis.derived}
 
     def stale(self, engine: str) -> str | None:
         """The first file that an engine was built from and that is another one by now, or None."""

@@ -103,11 +103,14 @@ class Timings:
     """Seconds of the last run, of the device where it works on its own.
 
     ``graphs``: by graph, without the step phase. ``steps``: by evaluation. ``load``: loading graphs.
+    ``bind``: putting what the caller gives, deltas among it, into the graphs' buffers, and binding these
+    where they are new.
     """
 
     graphs: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
     load: float = 0.0
+    bind: float = 0.0
     total: float = 0.0
 
 
@@ -189,8 +192,10 @@ class Executor:
             self._release()
             self._layout, self._given, self._axes = layout, plan.given, layout[1]
         try:
+            begin = time.perf_counter()
             for name, array in request.values.items():
                 self._buffer((name, _OWN)).write(array)
+            self.timings.bind += time.perf_counter() - begin
             self._run_load(plan)
             self._run_phase(plan.calls["request"], request, _FIRST)
             unseen = self._check_finite(request.finite)
@@ -336,10 +341,11 @@ class Executor:
         return unseen
 
     def _check_result(self, plan: Plan, after: _Turn) -> None:
-        """Refuses carried values that are not finite; they are small, and a wrong delta shows in them."""
+        """Refuses carried values and results that are not finite; a wrong delta shows in these, and they are
+        small."""
         calls = [self._manifest.program[i] for i in plan.calls["final"]]
         read = {name for call in calls for name in self._manifest.reads(call).values()}
-        for name in sorted(read & self._states.keys()):
+        for name in sorted((read & self._states.keys()) | set(plan.wanted)):
             tensor = self._tensor(name, after)
             if tensor.dtype.kind == "f" and not np.isfinite(tensor.read()).all():
                 raise DeltaError(
@@ -381,10 +387,12 @@ class Executor:
             if self.low_memory and not keep:
                 self._keep_sessions((call.graph,))
             session = self._session(call.graph)
+            begin = time.perf_counter()
             inputs = {port: self._tensor(name, turn) for port, name in self._manifest.reads(call).items()}
             writes = self._manifest.writes(call).items()
             outputs = {port: self._buffer(self._target(name, turn)) for port, name in writes}
             binding = self._bindings[index, turn] = session.bind(inputs, outputs)
+            self.timings.bind += time.perf_counter() - begin
         return binding
 
     def _session(self, graph: str) -> Session:
@@ -396,7 +404,8 @@ class Executor:
 
     def _load_graph(self, graph: str) -> Session:
         file = self.bundle.graph_file(graph, self.variant)
-        return self.backend.load(self.bundle.file(file), self.bundle.initializers(file))
+        stage = self._manifest.graphs[graph].stage
+        return self.backend.load(self.bundle.file(file), self.bundle.initializers(file), stage)
 
     def _load_plan(self, graph: str) -> Session:
         engine = self._manifest.engines[self._engine]
@@ -477,6 +486,8 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
             raise _mismatch(name, array, signature)
         for dimension, size in zip(signature.shape, array.shape):
             axis = manifest.axes.get(dimension) if isinstance(dimension, str) else None
+            if axis is not None and axis.sum:
+                continue  # compared when all sizes are known
             base, factor = (
                 (axis.of, axis.divide or 1) if axis is not None and axis.of is not None else (dimension, 1)
             )
@@ -486,11 +497,9 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
     for name, axis in manifest.axes.items():
         if axis.one_or is not None and axis.one_or in sizes:
             sizes.setdefault(name, sizes[axis.one_or])
-        if axis.of is not None and axis.of in sizes:
-            sizes[name] = sizes[axis.of] // (axis.divide or 1)
     for name, size in sizes.items():
         axis = manifest.axes.get(name)
-        if axis is None or axis.of is not None:
+        if axis is None or axis.derived:
             continue
         low, high = axis.min or 1, axis.max or 1
         if not low <= size <= high or size % axis.multiple:
@@ -506,6 +515,13 @@ def resolve_axes(manifest: Manifest, batch: int, arrays: Mapping[str, Array]) ->
                 f"Expected 1 or the size of {axis.one_or}, {sizes[axis.one_or]}",
                 "Give one set for all samples, or one for each",
             )
+    for name, axis in manifest.axes.items():
+        if axis.derived and (size := axis.size(sizes)) is not None:
+            sizes[name] = size
+    for name, array in arrays.items():
+        for dimension, size in zip(manifest.signatures[name].shape, array.shape):
+            if isinstance(dimension, str) and sizes.get(dimension, size) != size:
+                raise _mismatch(name, array, manifest.signatures[name])
     return sizes
 
 

@@ -28,6 +28,8 @@ class PromptEncoder:
         import tokenizers
 
         self.entry = entry
+        steps = [tokenizers.normalizers.Strip(), tokenizers.normalizers.Lowercase()]
+        self._lower = tokenizers.normalizers.Sequence(steps).normalize_str if entry.lowercase else _as_it_is
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
             self._tokenizer.enable_padding(
@@ -47,7 +49,7 @@ class PromptEncoder:
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Token ids and attention mask, both int64 ``[len(texts), max_length]``; cutting a text is warned of.
 
-        Each text is put into the entry's template first.
+        Each text is put into the entry's template first, if the entry says so stripped and in lower case.
 
         Raises:
             InputError: a text is not a string of valid Unicode, is absurdly long, or too long where the
@@ -56,7 +58,8 @@ class PromptEncoder:
         for text in texts:
             check_text(text)
         before, _, after = self.entry.template.partition("{}")
-        encodings = self._tokenizer.encode_batch([f"{before}{text}{after}" for text in texts])
+        whole = [f"{before}{self._lower(text)}{after}" for text in texts]
+        encodings = self._tokenizer.encode_batch(whole)
         for text, encoding in zip(texts, encodings):
             if len(encoding.ids) != self.entry.max_length:
                 raise InputError(
@@ -71,6 +74,10 @@ class PromptEncoder:
         ids = np.array([encoding.ids for encoding in encodings], np.int64)
         mask = np.array([encoding.attention_mask for encoding in encodings], np.int64)
         return ids, mask
+
+
+def _as_it_is(text: str) -> str:
+    return text
 
 
 def check_text(text: object) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from hywu_runtime.codec import malformed, show
+from hywu_runtime.codec import MAX_INT, malformed, show
 from hywu_runtime.manifest import (
     FILE_NAME,
     ITEM_SIZES,
@@ -17,12 +17,14 @@ from hywu_runtime.manifest import (
     Call,
     Manifest,
     ProvidedTensor,
+    Term,
     Value,
 )
 
-# The keys of a provided tensor that each source needs and allows; of `text`, exactly one of the two.
+# The keys of a provided tensor that each source needs and allows; of `text`, exactly one of the two, and of
+# `image` any.
 _SOURCE_KEYS: dict[str, tuple[str, ...]] = {
-    "image": (),
+    "image": ("index", "origin", "resize"),
     "text": ("text", "constant", "tokenizer"),
     "mask": ("of",),
     "noise": ("draw",),
@@ -32,7 +34,10 @@ _SOURCE_KEYS: dict[str, tuple[str, ...]] = {
     "input": (),
 }
 _MAX_PORTS = 2**20  # of all calls; a graph is listed once and may be called often
-_OPTIONAL_KEYS = ("text", "constant", "tokenizer", "of", "draw", "column", "guidance")
+_OPTIONAL_KEYS = (
+    "text", "constant", "tokenizer", "of", "draw", "column", "guidance", "index", "origin", "resize",
+)  # fmt: skip
+_MAX_PICTURES = 64  # of one request
 
 
 def validate(manifest: Manifest) -> None:
@@ -93,17 +98,15 @@ def _files(m: Manifest) -> None:
 
 
 def _axes(m: Manifest) -> None:
-    if "batch" in m.axes and (m.axes["batch"].of is not None or m.axes["batch"].one_or is not None):
+    if "batch" in m.axes and (m.axes["batch"].derived or m.axes["batch"].one_or is not None):
         raise malformed("axes.batch", "depends on another axis", "an axis with limits of its own")
     for name, axis in m.axes.items():
         where = f"axes[{show(name)}]"
-        if (
-            (axis.of is None) != (axis.divide is None)
-            or (axis.of is None) == (axis.min is None)
-            or ((axis.min is None) != (axis.max is None))
-        ):
+        forms = (axis.min is not None) + (axis.of is not None) + bool(axis.sum)
+        halves = (axis.of is None) != (axis.divide is None) or (axis.min is None) != (axis.max is None)
+        if halves or forms != 1:
             raise malformed(
-                where, "mixes the two forms of an axis", "either `min` and `max`, or `of` and `divide`"
+                where, "mixes the forms of an axis", "either `min` and `max`, or `of` and `divide`, or `sum`"
             )
         if axis.min is not None and axis.max is not None:
             if axis.min > axis.max:
@@ -113,21 +116,19 @@ def _axes(m: Manifest) -> None:
                     where, f"has no multiple of {axis.multiple} within its limits", "at least one size"
                 )
         elif axis.multiple != 1 or axis.one_or is not None:
-            raise malformed(where, "is derived and has `multiple` or `one_or`", "`of` and `divide` alone")
+            raise malformed(
+                where, "is derived and has `multiple` or `one_or`", "`of` and `divide`, or `sum`, alone"
+            )
         if axis.one_or is not None:
             _known(f"{where}.one_or", axis.one_or, m.axes, "an axis")
-            if (
-                m.axes[axis.one_or].one_or is not None
-                or m.axes[axis.one_or].of is not None
-                or axis.one_or == name
-            ):
+            if m.axes[axis.one_or].one_or is not None or m.axes[axis.one_or].derived or axis.one_or == name:
                 raise malformed(
                     f"{where}.one_or", f"is {show(axis.one_or)}", "an axis with limits of its own"
                 )
         if axis.of is not None:
             _known(f"{where}.of", axis.of, m.axes, "an axis")
             base = m.axes[axis.of]
-            if base.of is not None or base.one_or is not None:
+            if base.derived or base.one_or is not None:
                 raise malformed(
                     f"{where}.of", f"is {show(axis.of)}, itself derived", "an axis with limits of its own"
                 )
@@ -137,6 +138,29 @@ def _axes(m: Manifest) -> None:
                     f"is {axis.divide}, which does not divide every size of {show(axis.of)}",
                     f"a divisor of its multiple, {base.multiple}",
                 )
+        for i, term in enumerate(axis.sum):
+            _term(m, f"{where}.sum[{i}]", term)
+
+
+def _term(m: Manifest, where: str, term: Term) -> None:
+    multiple = largest = term.times
+    for name in term.of:
+        _known(f"{where}.of", name, m.axes, "an axis")
+        base = m.axes[name]
+        if base.derived or base.one_or is not None:
+            raise malformed(
+                f"{where}.of", f"has {show(name)}, itself derived", "axes with limits of their own"
+            )
+        multiple *= base.multiple
+        largest *= base.max or 1
+    if largest > MAX_INT:
+        raise malformed(where, "may be larger than 2^53", "smaller limits")
+    if multiple % term.divide:
+        raise malformed(
+            f"{where}.divide",
+            f"is {term.divide}, which does not always divide",
+            "a divisor of times and the multiples",
+        )
 
 
 def _guidance(m: Manifest) -> None:
@@ -145,10 +169,8 @@ def _guidance(m: Manifest) -> None:
         if guidance.name in seen:
             raise malformed(f"guidance[{i}].name", f"repeats {show(guidance.name)}", "a name of its own")
         seen.add(guidance.name)
-        if (guidance.above is None) == (guidance.at_least is None):
-            raise malformed(
-                f"guidance[{i}]", "does not say when it applies", "exactly one of `above` and `at_least`"
-            )
+        if guidance.above is not None and guidance.at_least is not None:
+            raise malformed(f"guidance[{i}]", "has two conditions", "`above`, `at_least`, or neither")
 
 
 def _schedules(m: Manifest) -> None:
@@ -161,6 +183,17 @@ def _schedules(m: Manifest) -> None:
             "schedules.default_steps",
             f"is {m.schedules.default_steps}",
             f"{low} to {high}, as the sampler takes",
+        )
+    strength = m.schedules.strength
+    if (
+        strength is not None
+        and strength.default < 1
+        and m.schedules.samplers[m.schedules.default].order is None
+    ):
+        raise malformed(
+            "schedules.strength.default",
+            f"is {strength.default}, but the default sampler has no `order`",
+            "1, or a sampler that may start midway",
         )
 
 
@@ -181,6 +214,12 @@ def _deltas(m: Manifest) -> None:
             raise malformed(
                 f"{where}.kernel", f"does not go with kind {target.kind}", "`kernel` for conv and only there"
             )
+        if (target.kind == "experts") != (target.experts is not None):
+            raise malformed(
+                f"{where}.experts",
+                f"does not go with kind {target.kind}",
+                "`experts` for experts and only there",
+            )
         if target.rank > m.deltas.rank:
             raise malformed(f"{where}.rank", f"is {target.rank}", f"at most `deltas.rank`, {m.deltas.rank}")
 
@@ -189,7 +228,7 @@ def _shape(m: Manifest, where: str, shape: tuple[int | str, ...]) -> None:
     for dimension in shape:
         if isinstance(dimension, str):
             _known(where, dimension, m.axes, "an axis")
-    size = math.prod(d if isinstance(d, int) else (m.axes[d].min or 1) for d in shape)
+    size = math.prod(d if isinstance(d, int) else m.least_sizes[d] for d in shape)
     if size > 2**40:
         raise malformed(where, "has more than 2^40 elements", "a tensor that a machine could hold")
 
@@ -201,10 +240,11 @@ def _tensors(m: Manifest) -> None:
         _shape(m, f"{where}.shape", tensor.shape)
         allowed = _SOURCE_KEYS[tensor.source]
         for key in _OPTIONAL_KEYS:
-            given = getattr(tensor, key) is not None
+            given = getattr(tensor, key) not in (None, ())
             if given and key not in allowed:
-                raise malformed(f"{where}.{key}", f"does not go with source {tensor.source}", "no such key")
-            if not given and key in allowed and key not in ("text", "constant"):
+                shown = "from" if key == "origin" else key
+                raise malformed(f"{where}.{shown}", f"does not go with source {tensor.source}", "no such key")
+            if not given and key in allowed and key not in ("text", "constant", "index", "origin", "resize"):
                 raise malformed(f"{where}.{key}", "is missing", f"it with source {tensor.source}")
         _source(m, where, tensor, scales)
     if m.deltas is not None:
@@ -223,6 +263,7 @@ def _source(m: Manifest, where: str, tensor: ProvidedTensor, scales: set[str]) -
         _fixed(where, tensor, ("uint8",))
         if len(tensor.shape) != 4 or tensor.shape[3] != 3:
             raise malformed(f"{where}.shape", f"is {list(tensor.shape)}", '["batch", height, width, 3]')
+        _picture(m, where, tensor)
     elif tensor.source == "text":
         if (tensor.text is None) == (tensor.constant is None):
             raise malformed(where, "does not say which text", "exactly one of `text` and `constant`")
@@ -239,16 +280,38 @@ def _source(m: Manifest, where: str, tensor: ProvidedTensor, scales: set[str]) -
     elif tensor.source == "schedule":
         if m.schedules is None:
             raise malformed(where, "reads the schedule, but there is no `schedules`", "a `schedules` section")
-        _fixed(where, tensor, floats, None if tensor.column == "coefficients" else ())
-        if tensor.column == "coefficients" and (
-            len(tensor.shape) != 1 or not isinstance(tensor.shape[0], int)
-        ):
+        if tensor.column == "start" and m.schedules.strength is None:
+            raise malformed(
+                where, "reads where a request starts, but there is no `schedules.strength`", "`strength`"
+            )
+        row = tensor.column in ("coefficients", "start")
+        _fixed(where, tensor, floats, None if row else ())
+        if row and (len(tensor.shape) != 1 or not isinstance(tensor.shape[0], int)):
             raise malformed(f"{where}.shape", f"is {list(tensor.shape)}", "[K], an integer")
     elif tensor.source == "guidance":
         _known(f"{where}.guidance", tensor.guidance or "", scales, "a guidance scale")
         _fixed(where, tensor, floats, batch)
     elif tensor.source == "gate":
         _fixed(where, tensor, floats, batch)
+
+
+def _picture(m: Manifest, where: str, tensor: ProvidedTensor) -> None:
+    """Which of a request's photographs a tensor shows, and at what size."""
+    if (tensor.index or 0) >= _MAX_PICTURES:
+        raise malformed(f"{where}.index", f"is {tensor.index}", f"a number below {_MAX_PICTURES}")
+    if tensor.origin is not None:
+        _known(f"{where}.from", tensor.origin, m.tensors, "a tensor that the runtime provides")
+        origin = m.tensors[tensor.origin]
+        if origin.source != "image" or origin.resize or (origin.index or 0) != (tensor.index or 0):
+            raise malformed(
+                f"{where}.from", f"is {show(tensor.origin)}",
+                "a tensor with source `image`, the same `index` and no `resize`",
+            )  # fmt: skip
+        if not tensor.resize:
+            raise malformed(f"{where}.resize", "is missing", "it with `from`")
+    for step in tensor.resize:
+        if (step.min_area or 1) > (step.max_area or math.inf):
+            raise malformed(f"{where}.resize", "has a min_area above its max_area", "the smaller one first")
 
 
 def _fixed(
@@ -305,7 +368,7 @@ def _program(m: Manifest) -> None:
             )
     # Execution order: phase by phase, within a phase in the order of the list.
     order = sorted(range(len(m.program)), key=lambda i: PHASES.index(m.program[i].phase))
-    for guided in (False, True) if m.guidance else (False,):
+    for guided in (False, True) if any(scale.decides for scale in m.guidance) else (False,):
         _flow(m, [i for i in order if m.program[i].runs(guided)], guided)
 
 
@@ -441,8 +504,8 @@ def _state(m: Manifest, made: Mapping[str, tuple[Value, int]]) -> None:
 
 
 def _results(m: Manifest, made: Mapping[str, object]) -> None:
-    if m.results.image is None and not m.results.deltas:
-        raise malformed("results", "is empty", "an `image`, `deltas`, or both")
+    if m.results.image is None and not m.results.deltas and not m.results.outputs:
+        raise malformed("results", "is empty", "an `image`, `deltas` or `outputs`")
     if m.results.image is not None:
         _known("results.image", m.results.image, made, "made by a call")
         value = m.signatures[m.results.image]
@@ -465,6 +528,12 @@ def _results(m: Manifest, made: Mapping[str, object]) -> None:
         elif m.signatures[name].dtype != "float32" or len(m.signatures[name].shape) < 3:
             value = m.signatures[name]
             raise malformed(key, f"is {value.dtype} {list(value.shape)}", "float32 with at least 3 axes")
+    seen: set[str] = set()
+    for i, name in enumerate(m.results.outputs):
+        _known(f"results.outputs[{i}]", name, made, "made by a call")
+        if name in seen:
+            raise malformed(f"results.outputs[{i}]", f"repeats {show(name)}", "each name once")
+        seen.add(name)
 
 
 def _engines(m: Manifest) -> None:
@@ -498,6 +567,13 @@ def _image(m: Manifest) -> None:
             f"has no multiple of {policy.multiple} from {policy.min} to {policy.max}",
             "at least one size",
         )
+    for i, size in enumerate(policy.sizes):
+        if any(side % policy.multiple or not policy.min <= side <= policy.max for side in size):
+            raise malformed(
+                f"image.sizes[{i}]",
+                f"is {list(size)}",
+                f"multiples of {policy.multiple} from {policy.min} to {policy.max}",
+            )
 
 
 def _linked(m: Manifest) -> None:

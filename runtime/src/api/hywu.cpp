@@ -44,6 +44,9 @@ struct hywu_deltas {
 struct hywu_images {
     core::Array pixels;  // [count, height, width, 3]
 };
+struct hywu_tensors {
+    std::vector<std::pair<std::string, core::Array>> tensors;
+};
 struct hywu_cancel {
     std::shared_ptr<std::atomic<bool>> flag = std::make_shared<std::atomic<bool>>(false);
 };
@@ -72,11 +75,17 @@ hywu_editor_params editor_defaults() {
     return params;
 }
 
+// The same of hywu_edit_params, without `strength`, and of hywu_limits, without `default_strength`.
+constexpr std::initializer_list<std::size_t> edit_sizes = {offsetof(hywu_edit_params, strength)};
+constexpr std::initializer_list<std::size_t> generate_sizes = {offsetof(hywu_generate_params, photo_count)};
+constexpr std::initializer_list<std::size_t> limits_sizes = {offsetof(hywu_limits, default_strength)};
+
 hywu_edit_params edit_defaults() {
     hywu_edit_params params = {};
     params.struct_size = sizeof params;
     params.count = 1;
     params.delta_strength = 1.0;
+    params.photo_count = 1;
     return params;
 }
 
@@ -84,6 +93,14 @@ hywu_generate_params generate_defaults() {
     hywu_generate_params params = {};
     params.struct_size = sizeof params;
     params.prompt_length = HYWU_TERMINATED;
+    params.photo_count = 1;
+    return params;
+}
+
+hywu_run_params run_defaults() {
+    hywu_run_params params = {};
+    params.struct_size = sizeof params;
+    params.delta_strength = 1.0;
     return params;
 }
 
@@ -176,6 +193,19 @@ runtime::View view(const hywu_tensor& tensor, const std::string& name) {
     return {*dtype, std::move(shape), tensor.data};
 }
 
+// An array that somebody holds, whose dtype is one that bundles have.
+hywu_tensor tensor_of(const std::string& name, const core::Array& array) {
+    hywu_tensor tensor = {};
+    tensor.name = name.c_str();
+    tensor.data = array.data();
+    for (int32_t dtype = HYWU_DTYPE_UINT8; dtype <= HYWU_DTYPE_FLOAT64; ++dtype) {
+        if (dtype_of(dtype) == array.dtype()) tensor.dtype = dtype;
+    }
+    tensor.rank = static_cast<int32_t>(array.shape().size());
+    std::copy(array.shape().begin(), array.shape().end(), tensor.shape);
+    return tensor;
+}
+
 runtime::NamedViews views(const hywu_tensor* tensors, std::size_t count, const char* list) {
     check_list(tensors, count, list);
     runtime::NamedViews result;
@@ -215,10 +245,19 @@ std::vector<double> values(double one, const double* each, std::size_t count) {
     return each != nullptr ? std::vector<double>(each, each + count) : std::vector<double>{one};
 }
 
+// The lists of a caller that knows nothing of several photos are not read beyond their end.
+void check_photo_count(const runtime::Editor& editor, std::size_t count) {
+    const std::size_t wanted = editor.limits().photos;
+    if (count == wanted) return;
+    throw input_error("`photo_count` is " + std::to_string(count),
+                      "This bundle takes " + std::to_string(wanted) + " for each sample",
+                      "Give so many (hywu-edit --photo adds one), or export with other --images");
+}
+
 // `names` is what the caller knows the editor by.
 runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit_params* given) {
     need(given, "params");
-    const hywu_edit_params params = api::read_struct(given, edit_defaults(), {}, "hywu_edit_params");
+    const hywu_edit_params params = api::read_struct(given, edit_defaults(), edit_sizes, "hywu_edit_params");
     check_reserved(params.reserved, "hywu_edit_params");
     const std::size_t count = params.count;
     if (count == 0)
@@ -228,7 +267,8 @@ runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit
     runtime::EditOptions options;
     options.count = count;
     if (!editor.limits().edits) return options;  // is refused
-    for (std::size_t i = 0; params.photos != nullptr && i < count; ++i) {
+    check_photo_count(editor, params.photo_count);
+    for (std::size_t i = 0; params.photos != nullptr && i < count * params.photo_count; ++i) {
         options.photos.push_back(photo(params.photos[i], entry("photos", i)));
     }
     options.prompts = texts(params.prompts, params.prompt_lengths, count, "prompts");
@@ -255,6 +295,7 @@ runtime::EditOptions edit_options(const runtime::Editor& editor, const hywu_edit
     }
     if (params.sampler != nullptr) options.sampler = params.sampler;
     if (params.steps != 0) options.steps = params.steps;
+    if (params.strength != 0) options.strength = params.strength;
     options.size = size(params.width, params.height);
     if (params.noise != nullptr) options.noise = view(*params.noise, "noise");
     if (params.latents != nullptr) options.latents = view(*params.latents, "latents");
@@ -538,7 +579,9 @@ hywu_status hywu_editor_limits(const hywu_editor* editor, hywu_limits* limits) {
         values.default_steps = whole(found.default_steps);
         values.sampler_count = found.steps.size();
         values.guidance_count = found.guidance.size();
-        api::write_struct(limits, values, {}, "hywu_limits");
+        values.default_strength = found.default_strength;
+        values.photo_count = found.photos;
+        api::write_struct(limits, values, limits_sizes, "hywu_limits");
     });
 }
 
@@ -554,6 +597,12 @@ const char* hywu_editor_guidance(const hywu_editor* editor, size_t index, double
     if (index >= guidance.size()) return nullptr;
     if (default_scale != nullptr) *default_scale = guidance[index].second;
     return guidance[index].first.c_str();
+}
+
+const char* hywu_editor_output(const hywu_editor* editor, size_t index) {
+    if (editor == nullptr) return nullptr;
+    const auto& outputs = editor->editor->bundle().manifest().results.outputs;
+    return index < outputs.size() ? outputs[index].c_str() : nullptr;
 }
 
 hywu_status hywu_editor_steps(const hywu_editor* editor, const char* sampler, int32_t* steps, size_t capacity,
@@ -668,7 +717,8 @@ void hywu_cancel_reset(hywu_cancel* cancel) {
 void hywu_cancel_free(hywu_cancel* cancel) { delete cancel; }
 
 hywu_status hywu_edit_params_init(hywu_edit_params* params, size_t struct_size) {
-    return guard([&] { api::write_struct(params, struct_size, edit_defaults(), {}, "hywu_edit_params"); });
+    return guard(
+        [&] { api::write_struct(params, struct_size, edit_defaults(), edit_sizes, "hywu_edit_params"); });
 }
 
 hywu_status hywu_edit(hywu_editor* editor, const hywu_edit_params* params, hywu_images** images) {
@@ -727,8 +777,9 @@ hywu_status hywu_images_get(const hywu_images* images, size_t index, hywu_pixels
 void hywu_images_free(hywu_images* images) { delete images; }
 
 hywu_status hywu_generate_params_init(hywu_generate_params* params, size_t struct_size) {
-    return guard(
-        [&] { api::write_struct(params, struct_size, generate_defaults(), {}, "hywu_generate_params"); });
+    return guard([&] {
+        api::write_struct(params, struct_size, generate_defaults(), generate_sizes, "hywu_generate_params");
+    });
 }
 
 hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* given, hywu_deltas** deltas) {
@@ -737,9 +788,14 @@ hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* given
         need(given, "params");
         need(deltas, "deltas");
         const hywu_generate_params params =
-            api::read_struct(given, generate_defaults(), {}, "hywu_generate_params");
+            api::read_struct(given, generate_defaults(), generate_sizes, "hywu_generate_params");
         runtime::GenerateOptions options;
-        if (params.photo != nullptr) options.photo = photo(*params.photo, "photo");
+        if (params.photo != nullptr) {
+            check_photo_count(*found, params.photo_count);
+            for (std::size_t i = 0; i < params.photo_count; ++i) {
+                options.photos.push_back(photo(params.photo[i], i == 0 ? "photo" : entry("photo", i)));
+            }
+        }
         if (params.prompt != nullptr)
             options.prompt = texts(&params.prompt, &params.prompt_length, 1, "prompt")[0];
         options.size = size(params.width, params.height);
@@ -748,6 +804,54 @@ hywu_status hywu_generate(hywu_editor* editor, const hywu_generate_params* given
         give_deltas(deltas, found->generate(options));
     });
 }
+
+hywu_status hywu_run_params_init(hywu_run_params* params, size_t struct_size) {
+    return guard([&] { api::write_struct(params, struct_size, run_defaults(), {}, "hywu_run_params"); });
+}
+
+hywu_status hywu_run(hywu_editor* editor, const hywu_run_params* given, hywu_tensors** tensors) {
+    return guard([&] {
+        const auto found = held(editor);
+        need(given, "params");
+        need(tensors, "tensors");
+        const hywu_run_params params = api::read_struct(given, run_defaults(), {}, "hywu_run_params");
+        runtime::RunOptions options;
+        options.inputs = views(params.inputs, params.input_count, "inputs");
+        check_list(params.outputs, params.output_count, "outputs");
+        options.outputs = texts(params.outputs, nullptr, params.output_count, "outputs");
+        check_list(params.delta_strengths, params.strength_count, "delta_strengths");
+        options.strengths = {params.delta_strength};
+        if (params.strength_count != 0) {
+            options.strengths.assign(params.delta_strengths, params.delta_strengths + params.strength_count);
+        }
+        check_list(params.deltas, params.delta_count, "deltas");
+        for (std::size_t i = 0; i < params.delta_count; ++i) {
+            need(params.deltas[i], entry("deltas", i).c_str());
+            options.deltas.push_back(&params.deltas[i]->deltas);
+        }
+        options.cancelled = cancelled(params.cancel);
+        give(tensors, std::make_unique<hywu_tensors>(hywu_tensors{found->run(options)}));
+    });
+}
+
+size_t hywu_tensors_count(const hywu_tensors* tensors) {
+    return tensors == nullptr ? 0 : tensors->tensors.size();
+}
+
+hywu_status hywu_tensors_get(const hywu_tensors* tensors, size_t index, hywu_tensor* tensor) {
+    return guard([&] {
+        need(tensors, "tensors");
+        need(tensor, "tensor");
+        if (index >= tensors->tensors.size()) {
+            throw input_error("There is no tensor " + std::to_string(index),
+                              "There are " + std::to_string(tensors->tensors.size()), "Choose one of these");
+        }
+        const auto& [name, array] = tensors->tensors[index];
+        *tensor = tensor_of(name, array);
+    });
+}
+
+void hywu_tensors_free(hywu_tensors* tensors) { delete tensors; }
 
 // ---- Deltas ----
 
@@ -845,13 +949,7 @@ hywu_status hywu_deltas_tensor(const hywu_deltas* deltas, size_t index, hywu_ten
                               "There are " + std::to_string(deltas->deltas.size()), "Choose one of these");
         }
         const auto& [name, array] = *std::next(deltas->deltas.begin(), static_cast<std::ptrdiff_t>(index));
-        hywu_tensor found = {};
-        found.name = name.c_str();
-        found.data = array->data();
-        found.dtype = HYWU_DTYPE_FLOAT32;
-        found.rank = static_cast<int32_t>(array->shape().size());
-        std::copy(array->shape().begin(), array->shape().end(), found.shape);
-        *tensor = found;
+        *tensor = tensor_of(name, *array);
     });
 }
 

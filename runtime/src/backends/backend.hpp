@@ -102,6 +102,14 @@ public:
     virtual std::shared_ptr<Session> load(const std::filesystem::path& file,
                                           const std::vector<core::Weight>& weights) = 0;
 
+    // A graph of a stage: a backend that can use several devices runs stage k on the k-th from its own on, if
+    // there is one.
+    virtual std::shared_ptr<Session> load_stage(const std::filesystem::path& file,
+                                                const std::vector<core::Weight>& weights,
+                                                std::int64_t /*stage*/) {
+        return load(file, weights);
+    }
+
     // A new buffer of zeros. Throws Error(device) where there is no memory.
     virtual std::unique_ptr<DeviceTensor> allocate(core::Dtype dtype, const std::vector<int64_t>& shape) = 0;
 

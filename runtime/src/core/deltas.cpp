@@ -229,7 +229,7 @@ Deltas Deltas::load(const std::filesystem::path& path) {
         if (found == metadata.end() || found->second != version) {
             throw delta_error(display(path) + " is not marked as a delta file of version 1",
                               "Expected the metadata `hywu.deltas` = `1`",
-                              "Convert a PEFT adapter with `hywu deltas convert`");
+                              "Convert a LoRA file with `hywu deltas convert`");
         }
         for (const auto& [name, tensor] : tensors) {
             if (tensor.dtype != "F16" && tensor.dtype != "BF16" && tensor.dtype != "F32" &&

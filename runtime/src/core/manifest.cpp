@@ -60,6 +60,11 @@ struct RangeRule {
     static bool test(std::int64_t number) { return low <= number && number <= high; }
 };
 
+struct PartRule {
+    static std::string what() { return "a number above 0 and at most 1"; }
+    static bool test(double number) { return 0 < number && number <= 1; }
+};
+
 struct TokenIdRule {
     static std::string what() { return "a token id"; }
     static bool test(std::int64_t number) { return 0 <= number && number <= max_dimension; }
@@ -73,6 +78,16 @@ struct RankRule {
     }
 };
 
+struct FactorsRule {
+    static std::string what() { return "at most 4 names of axes"; }
+    static bool test(const std::vector<std::string>& items) { return items.size() <= 4; }
+};
+
+struct TermsRule {
+    static std::string what() { return "1 to 16 terms"; }
+    static bool test(const std::vector<Term>& items) { return !items.empty() && items.size() <= 16; }
+};
+
 struct TwoRule {
     static std::string what() { return "two integers"; }
     static bool test(const std::vector<std::int64_t>& items) { return items.size() == 2; }
@@ -83,6 +98,11 @@ struct StepsRule {
     static bool test(const std::vector<std::int64_t>& items) {
         return items.size() == 2 && items[0] <= items[1];
     }
+};
+
+struct PairRule {
+    static std::string what() { return "a width and a height"; }
+    static bool test(const std::vector<std::int64_t>& items) { return items.size() == 2; }
 };
 
 struct ThreeRule {
@@ -125,6 +145,8 @@ using FilePath = Narrowed<Text, PathRule>;
 using Digest = Narrowed<Text, DigestRule>;
 using Count = Narrowed<Integer, CountRule>;
 using Size = Narrowed<Integer, RangeRule<1, max_dimension>>;
+using Part = Narrowed<Number, PartRule>;
+using Stage = Narrowed<Integer, RangeRule<0, 255>>;
 using Length = Narrowed<Integer, RangeRule<1, 1048576>>;
 using TokenId = Narrowed<Integer, TokenIdRule>;
 using Template = Narrowed<Text, TemplateRule>;
@@ -207,9 +229,15 @@ struct DrawWords {
 };
 struct ColumnWords {
     using type = Column;
-    static constexpr std::array<WordPair<Column>, 3> all = {{{"initial_scale", Column::initial_scale},
+    static constexpr std::array<WordPair<Column>, 4> all = {{{"initial_scale", Column::initial_scale},
                                                              {"timesteps", Column::timesteps},
-                                                             {"coefficients", Column::coefficients}}};
+                                                             {"coefficients", Column::coefficients},
+                                                             {"start", Column::start}}};
+};
+struct FilterWords {
+    using type = Filter;
+    static constexpr std::array<WordPair<Filter>, 2> all = {
+        {{"lanczos", Filter::lanczos}, {"bicubic", Filter::bicubic}}};
 };
 struct PhaseWords {
     using type = Phase;
@@ -218,8 +246,8 @@ struct PhaseWords {
 };
 struct TargetWords {
     using type = TargetKind;
-    static constexpr std::array<WordPair<TargetKind>, 2> all = {
-        {{"linear", TargetKind::linear}, {"conv", TargetKind::conv}}};
+    static constexpr std::array<WordPair<TargetKind>, 3> all = {
+        {{"linear", TargetKind::linear}, {"conv", TargetKind::conv}, {"experts", TargetKind::experts}}};
 };
 struct PrecisionWords {
     using type = Precision;
@@ -265,6 +293,13 @@ static void fields(Visitor& visit, File& value) {
 }
 
 template <class Visitor>
+static void fields(Visitor& visit, Term& value) {
+    visit.optional(Narrowed<List<Name>, FactorsRule>{}, "of", value.of);
+    visit.optional(Size{}, "times", value.times);
+    visit.optional(Size{}, "divide", value.divide);
+}
+
+template <class Visitor>
 static void fields(Visitor& visit, Axis& value) {
     visit.optional(Nullable<Size>{}, "min", value.min);
     visit.optional(Nullable<Size>{}, "max", value.max);
@@ -272,6 +307,16 @@ static void fields(Visitor& visit, Axis& value) {
     visit.optional(Nullable<Name>{}, "one_or", value.one_or);
     visit.optional(Nullable<Name>{}, "of", value.of);
     visit.optional(Nullable<Size>{}, "divide", value.divide);
+    visit.optional(Narrowed<List<Record<Term>>, TermsRule>{}, "sum", value.sum);
+}
+
+template <class Visitor>
+static void fields(Visitor& visit, Resize& value) {
+    visit(Word<FilterWords>{}, "filter", value.filter);
+    visit(Size{}, "multiple", value.multiple);
+    visit.optional(Nullable<Size>{}, "area", value.area);
+    visit.optional(Nullable<Size>{}, "min_area", value.min_area);
+    visit.optional(Nullable<Size>{}, "max_area", value.max_area);
 }
 
 template <class Visitor>
@@ -286,6 +331,9 @@ static void fields(Visitor& visit, ProvidedTensor& value) {
     visit.optional(Nullable<Word<DrawWords>>{}, "draw", value.draw);
     visit.optional(Nullable<Word<ColumnWords>>{}, "column", value.column);
     visit.optional(Nullable<Name>{}, "guidance", value.guidance);
+    visit.optional(Nullable<Count>{}, "index", value.index);
+    visit.optional(Nullable<Name>{}, "from", value.origin);
+    visit.optional(List<Record<Resize>>{}, "resize", value.resize);
 }
 
 template <class Visitor>
@@ -300,6 +348,8 @@ static void fields(Visitor& visit, Graph& value) {
     visit(FilePath{}, "file", value.file);
     visit(List<Record<Value>>{}, "inputs", value.inputs);
     visit(List<Record<Value>>{}, "outputs", value.outputs);
+    visit.optional(Stage{}, "stage", value.stage);
+    visit.optional(Nullable<Name>{}, "stage_of", value.stage_of);
 }
 
 template <class Visitor>
@@ -322,6 +372,7 @@ template <class Visitor>
 static void fields(Visitor& visit, Results& value) {
     visit.optional(Nullable<Name>{}, "image", value.image);
     visit.optional(List<Name>{}, "deltas", value.deltas);
+    visit.optional(List<Name>{}, "outputs", value.outputs);
 }
 
 template <class Visitor>
@@ -341,6 +392,12 @@ static void fields(Visitor& visit, Sampler& value) {
     visit(Name{}, "class", value.class_name);
     visit(Sizes<2, StepsRule>{}, "steps", value.steps);
     visit.optional(Boolean{}, "stochastic", value.stochastic);
+    visit.optional(Nullable<Size>{}, "order", value.order);
+}
+
+template <class Visitor>
+static void fields(Visitor& visit, Strength& value) {
+    visit(Part{}, "default", value.default_strength);
 }
 
 template <class Visitor>
@@ -349,6 +406,7 @@ static void fields(Visitor& visit, Schedules& value) {
     visit(Name{}, "default", value.default_sampler);
     visit(Size{}, "default_steps", value.default_steps);
     visit(Table<Name, Record<Sampler>>{}, "samplers", value.samplers);
+    visit.optional(Nullable<Record<Strength>>{}, "strength", value.strength);
 }
 
 template <class Visitor>
@@ -366,6 +424,8 @@ static void fields(Visitor& visit, ImagePolicy& value) {
     visit(Size{}, "min", value.min);
     visit(Size{}, "max", value.max);
     visit(Size{}, "default_area", value.default_area);
+    visit.optional(List<Sizes<2, PairRule>>{}, "sizes", value.sizes);
+    visit.optional(Boolean{}, "enlarge", value.enlarge);
 }
 
 template <class Visitor>
@@ -376,6 +436,7 @@ static void fields(Visitor& visit, DeltaTarget& value) {
     visit(Size{}, "out", value.out_features);
     visit(Size{}, "rank", value.rank);
     visit.optional(Nullable<Sizes<2, TwoRule>>{}, "kernel", value.kernel);
+    visit.optional(Nullable<Size>{}, "experts", value.experts);
 }
 
 template <class Visitor>
@@ -394,6 +455,7 @@ static void fields(Visitor& visit, Tokenizer& value) {
     visit.optional(Word<SideWords>{}, "pad_side", value.pad_side);
     visit.optional(Boolean{}, "truncate", value.truncate);
     visit.optional(Template{}, "template", value.text_template);
+    visit.optional(Boolean{}, "lowercase", value.lowercase);
 }
 
 template <class Visitor>
@@ -498,9 +560,30 @@ bool is_safe_path(std::string_view path) {
     return true;
 }
 
+bool is_guided(const std::vector<Guidance>& guidance,
+               const std::map<std::string, std::vector<double>>* scales) {
+    bool conditions = false;
+    for (const Guidance& scale : guidance) {
+        if (!scale.decides()) continue;
+        const std::vector<double> values =
+            scales == nullptr ? std::vector<double>{scale.default_scale} : scales->at(scale.name);
+        const bool holds =
+            std::any_of(values.begin(), values.end(), [&](double value) { return scale.satisfied(value); });
+        if (!holds) return false;
+        conditions = true;
+    }
+    return conditions;
+}
+
 std::vector<std::int64_t> DeltaTarget::a_shape() const {
+    if (experts) return {*experts, rank, in_features};
     if (!kernel) return {rank, in_features};
     return {rank, in_features, (*kernel)[0], (*kernel)[1]};
+}
+
+std::vector<std::int64_t> DeltaTarget::b_shape() const {
+    if (experts) return {*experts, out_features, rank};
+    return {out_features, rank};
 }
 
 std::optional<std::string> Engine::covers(

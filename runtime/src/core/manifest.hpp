@@ -50,24 +50,66 @@ struct File {
     std::string sha256;
 };
 
-// A dynamic axis: limits (min, max, multiple, one_or), or `of` another, `divide`d.
+// A part of a size: `times` the product of the sizes of the axes `of`, divided by `divide`.
+struct Term {
+    std::vector<std::string> of;
+    std::int64_t times = 1, divide = 1;
+};
+
+// A dynamic axis: limits (min, max, multiple, one_or), `of` another, `divide`d, or a `sum` of terms.
 struct Axis {
     std::optional<std::int64_t> min, max;
     std::int64_t multiple = 1;
     std::optional<std::string> one_or, of;
     std::optional<std::int64_t> divide;
+    std::vector<Term> sum;
+
+    // Whether its size follows from those of other axes.
+    bool derived() const noexcept { return of.has_value() || !sum.empty(); }
+
+    // The size of a derived axis, or nothing where that of an axis that it depends on is not known.
+    // `size_of(name)` points to a size, or nowhere.
+    template <class SizeOf>
+    std::optional<std::int64_t> size(const SizeOf& size_of) const {
+        const auto quotient = [&](const std::vector<std::string>& names, std::int64_t product,
+                                  std::int64_t divisor) -> std::optional<std::int64_t> {
+            for (const std::string& name : names) {
+                const std::int64_t* size = size_of(name);
+                if (size == nullptr) return std::nullopt;
+                product *= *size;  // below 2^53 for sizes within their limits
+            }
+            return product / divisor;
+        };
+        if (of) return quotient({*of}, 1, divide.value_or(1));
+        std::int64_t total = 0;
+        for (const Term& term : sum) {
+            const auto part = quotient(term.of, term.times, term.divide);
+            if (!part) return std::nullopt;
+            total += *part;
+        }
+        return total;
+    }
 };
 
 enum class TensorSource { image, text, mask, noise, schedule, guidance, gate, input };
 enum class Draw { initial, step };
-enum class Column { initial_scale, timesteps, coefficients };
+enum class Column { initial_scale, timesteps, coefficients, start };
 enum class Phase { load, request, step, final };
-enum class TargetKind { linear, conv };
+enum class TargetKind { linear, conv, experts };
 enum class PadSide { left, right };
 // The words of the manifest.
 std::string_view name(TensorSource source);
 std::string_view name(Phase phase);
 std::string_view name(TargetKind kind);
+
+enum class Filter { lanczos, bicubic };
+
+// How a photograph is brought to another size: sides are multiples of `multiple`; areas in pixels.
+struct Resize {
+    Filter filter = Filter::lanczos;
+    std::int64_t multiple = 1;
+    std::optional<std::int64_t> area, min_area, max_area;
+};
 
 // A tensor that the runtime provides; `source` says from what, the other keys depend on it.
 struct ProvidedTensor {
@@ -78,6 +120,9 @@ struct ProvidedTensor {
     std::optional<Draw> draw;
     std::optional<Column> column;
     std::optional<std::string> guidance;
+    std::optional<std::int64_t> index;
+    std::optional<std::string> origin;
+    std::vector<Resize> resize;
 
     // Whether the tensor has another value in every step.
     bool changes() const noexcept {
@@ -92,10 +137,13 @@ struct Value {
     Dims shape;
 };
 
-// An ONNX file and its signature.
+// An ONNX file and its signature. `stage`: where it runs if there are several devices. `stage_of`: the graph
+// that it is a part of; information only.
 struct Graph {
     std::string file;
     std::vector<Value> inputs, outputs;
+    std::int64_t stage = 0;
+    std::optional<std::string> stage_of;
 };
 
 // Where in the toolchain a graph's code lives. Information only.
@@ -127,7 +175,7 @@ struct Call {
 // What the program is for.
 struct Results {
     std::optional<std::string> image;
-    std::vector<std::string> deltas;
+    std::vector<std::string> deltas, outputs;
 };
 
 // An initial state of zeros.
@@ -141,11 +189,18 @@ struct State {
     std::variant<std::string, Zeros> initial;
 };
 
-// One table of the schedule file. `steps` are the smallest and the largest step count.
+// One table of the schedule file. `steps` are the smallest and the largest step count, `order` the number of
+// evaluations that a step stands for, where the sampler may start midway.
 struct Sampler {
     std::string class_name;
     std::array<std::int64_t, 2> steps = {1, 1};
     bool stochastic = false;
+    std::optional<std::int64_t> order;
+};
+
+// How much of the schedule a request runs that starts midway, from its photo: 1 is all of it.
+struct Strength {
+    double default_strength = 1;
 };
 
 // The schedule file and its samplers.
@@ -153,38 +208,51 @@ struct Schedules {
     std::string file, default_sampler;
     std::int64_t default_steps = 1;
     Ordered<Sampler> samplers;
+    std::optional<Strength> strength;
 };
 
-// A guidance scale, in effect if it is above `above`, or at least `at_least`.
+// A guidance scale; a request is guided only if it is above `above`, or at least `at_least`.
 struct Guidance {
     std::string name;
     double default_scale = 0;
     std::optional<double> above, at_least;
 
+    // Whether it has a say in whether a request is guided; otherwise graphs merely read it.
+    bool decides() const noexcept { return above.has_value() || at_least.has_value(); }
     // Whether `scale` asks for guidance.
     bool satisfied(double scale) const noexcept {
         return above ? scale > *above : at_least.has_value() && scale >= *at_least;
     }
 };
 
-// How a photograph's size becomes a working size; lengths in pixels.
+// Whether a request is guided: there is a condition, and each one holds for at least one sample. `scales`:
+// the values of each scale, one per sample; null stands for the defaults.
+bool is_guided(const std::vector<Guidance>& guidance,
+               const std::map<std::string, std::vector<double>>* scales = nullptr);
+
+// How a photograph's size becomes a working size; lengths in pixels. `sizes`: width, height.
 struct ImagePolicy {
     std::string tensor;
     std::int64_t multiple = 1, min = 1, max = 1, default_area = 1;
+    std::vector<std::array<std::int64_t, 2>> sizes;
+    bool enlarge = false;
 };
 
-// A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width.
+// A module that takes a delta. `kernel` (convolutions alone) is the kernel's height and width, `experts`
+// (experts alone) their number.
 struct DeltaTarget {
     std::string module;
     TargetKind kind = TargetKind::linear;
     std::int64_t in_features = 1, out_features = 1, rank = 1;
-    std::optional<std::array<std::int64_t, 2>> kernel;
+    std::optional<std::array<std::int64_t, 2>> kernel = std::nullopt;
+    std::optional<std::int64_t> experts = std::nullopt;
 
     std::string a_name() const { return module + ".lora_A"; }
     std::string b_name() const { return module + ".lora_B"; }
-    // Shapes without the leading delta batch: [r, in] or [r, in, kh, kw]; [out, r].
+    // Shapes without the leading delta batch: [r, in], [r, in, kh, kw] or [experts, r, in]; [out, r] or
+    // [experts, out, r].
     std::vector<std::int64_t> a_shape() const;
-    std::vector<std::int64_t> b_shape() const { return {out_features, rank}; }
+    std::vector<std::int64_t> b_shape() const;
 };
 
 // Which deltas the bundle takes.
@@ -203,6 +271,7 @@ struct Tokenizer {
     PadSide pad_side = PadSide::right;
     bool truncate = true;
     std::string text_template = "{}";  // a text stands in the place of `{}`
+    bool lowercase = false;            // texts are stripped and lowercased before
 };
 
 // A checkpoint file that linked weights point into.

@@ -72,12 +72,20 @@ Schedule::Schedule(const std::filesystem::path& path, Schedules section) : secti
             table.timesteps = floats(timesteps);
             table.coefficients = floats(coefficients);
             table.initial_scale = floats(initial);
-            const bool sound = offsets.size() >= 2 && offsets.size() == initial.size() + 1 &&
-                               table.offsets.front() == 0 &&
-                               std::is_sorted(table.offsets.begin(), table.offsets.end()) &&
-                               table.offsets.back() == timesteps.shape()[0] &&
-                               table.offsets.back() == coefficients.shape()[0] && finite(table.timesteps) &&
-                               finite(table.coefficients) && finite(table.initial_scale);
+            std::int64_t starts = timesteps.shape()[0];
+            if (section_.strength) {
+                const Array start = hywu::core::table(file, sampler + ".start", Dtype::float32, 2);
+                table.start = floats(start);
+                table.start_width = static_cast<std::size_t>(start.shape()[1]);
+                starts = start.shape()[0];
+            }
+            const bool sound =
+                offsets.size() >= 2 && offsets.size() == initial.size() + 1 && table.offsets.front() == 0 &&
+                std::is_sorted(table.offsets.begin(), table.offsets.end()) &&
+                table.offsets.back() == timesteps.shape()[0] &&
+                table.offsets.back() == coefficients.shape()[0] && table.offsets.back() == starts &&
+                finite(table.timesteps) && finite(table.coefficients) && finite(table.initial_scale) &&
+                finite(table.start);
             if (!sound)
                 throw damaged("The schedule of sampler " + sampler + " is inconsistent or not finite");
             widths.insert(coefficients.shape()[1]);
@@ -105,7 +113,43 @@ std::vector<std::int64_t> Schedule::accepted(std::string_view sampler) const {
     return counts;
 }
 
-Rows Schedule::rows(const std::optional<std::string>& sampler, std::optional<std::int64_t> steps) const {
+std::int64_t Schedule::skipped(const std::string& sampler, std::int64_t steps, std::int64_t rows,
+                               std::optional<double> strength) const {
+    if (!section_.strength) {
+        if (!strength) return 0;
+        throw Error(ErrorKind::input, "`strength` was given, but this bundle starts every edit from noise",
+                    "Expected none", "Leave it out");
+    }
+    const double value = strength.value_or(section_.strength->default_strength);
+    if (!(value > 0 && value <= 1)) {
+        throw Error(ErrorKind::input, "`strength` is " + repr(value),
+                    "Expected a number above 0 and at most 1",
+                    "Correct it: 1 keeps nothing of the photo, a small one nearly all of it");
+    }
+    const std::optional<std::int64_t> order = section_.samplers.at(sampler).order;
+    if (!order) {
+        if (value == 1) return 0;
+        std::vector<std::string> able;
+        for (const auto& [name, entry] : section_.samplers) {
+            if (entry.order) able.push_back(name);
+        }
+        std::sort(able.begin(), able.end());
+        throw Error(
+            ErrorKind::input,
+            "The sampler " + sampler + " cannot start midway, as a strength of " + repr(value) + " asks",
+            "Its steps build on earlier ones",
+            "Use a strength of 1" + (able.empty() ? "" : ", or the sampler " + join(able, " or ")));
+    }
+    const auto all = static_cast<double>(steps);
+    const auto first = static_cast<std::int64_t>(std::max(all - std::min(all * value, all), 0.0)) * *order;
+    if (first < rows) return first;
+    throw Error(ErrorKind::input,
+                "No step is left of " + std::to_string(steps) + " with a strength of " + repr(value),
+                "Expected at least one", "Raise the strength or the number of steps");
+}
+
+Rows Schedule::rows(const std::optional<std::string>& sampler, std::optional<std::int64_t> steps,
+                    std::optional<double> strength) const {
     const std::string& name = sampler ? *sampler : section_.default_sampler;
     const auto found = tables_.find(name);
     if (found == tables_.end()) {
@@ -128,14 +172,17 @@ Rows Schedule::rows(const std::optional<std::string>& sampler, std::optional<std
     }
     const Table& table = found->second;
     const auto n = static_cast<std::size_t>(*steps);
-    const std::int64_t first = table.offsets[n], last = table.offsets[n + 1];
+    const std::int64_t last = table.offsets[n + 1];
+    const std::int64_t first = table.offsets[n] + skipped(name, *steps, last - table.offsets[n], strength);
     const auto width = static_cast<std::int64_t>(width_);
+    const auto starts = static_cast<std::int64_t>(table.start_width);
     return {name,
             *steps,
             table.initial_scale[n],
             {table.timesteps.begin() + first, table.timesteps.begin() + last},
             {table.coefficients.begin() + first * width, table.coefficients.begin() + last * width},
-            width_};
+            width_,
+            {table.start.begin() + first * starts, table.start.begin() + (first + 1) * starts}};
 }
 
 std::string ranges(const std::vector<std::int64_t>& numbers) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <numeric>
 #include <set>
 
 #include "core/codec.hpp"
@@ -18,6 +19,7 @@ using codec::malformed;
 
 // Of all calls together: graphs are listed once and called often, so that a short manifest could make a long
 // program.
+constexpr std::int64_t max_pictures = 64;  // of one request
 constexpr std::size_t max_ports = std::size_t{1} << 20;
 
 // Names in a set; they live in the manifest.
@@ -72,7 +74,7 @@ std::string written(Dtype dtype, const Dims& shape) { return str(name(dtype)) + 
 
 bool is_axis(const Dim& dim, std::string_view axis) { return dim.symbolic() && dim.axis == axis; }
 
-bool derived(const Axis& axis) { return axis.of || axis.one_or; }
+bool derived(const Axis& axis) { return axis.derived() || axis.one_or; }
 
 class Validator {
 public:
@@ -98,11 +100,14 @@ private:
     void additions(const std::string& section, const Additions& all,
                    std::vector<std::pair<std::string, const std::string*>>& references) const;
     void axes() const;
+    void term(const std::string& where, const Term& term) const;
+    std::int64_t least(const std::string& axis) const;
     void guidance();
     void schedules() const;
     void deltas() const;
     void tensors() const;
     void keys(const std::string& where, const ProvidedTensor& tensor) const;
+    void picture(const std::string& where, const ProvidedTensor& tensor) const;
     void source(const std::string& where, const ProvidedTensor& tensor) const;
     void graphs() const;
     void program();
@@ -185,10 +190,11 @@ void Validator::axes() const {
     }
     for (const auto& [name, axis] : m_.axes) {
         const std::string where = at("axes", name);
-        if (axis.of.has_value() != axis.divide.has_value() || axis.of.has_value() == axis.min.has_value() ||
-            axis.min.has_value() != axis.max.has_value()) {
-            throw malformed(where, "mixes the two forms of an axis",
-                            "either `min` and `max`, or `of` and `divide`");
+        const int forms = (axis.min ? 1 : 0) + (axis.of ? 1 : 0) + (axis.sum.empty() ? 0 : 1);
+        if (axis.of.has_value() != axis.divide.has_value() || axis.min.has_value() != axis.max.has_value() ||
+            forms != 1) {
+            throw malformed(where, "mixes the forms of an axis",
+                            "either `min` and `max`, or `of` and `divide`, or `sum`");
         }
         if (axis.min && axis.max) {
             if (*axis.min > *axis.max) {
@@ -202,7 +208,8 @@ void Validator::axes() const {
                                 "at least one size");
             }
         } else if (axis.multiple != 1 || axis.one_or) {
-            throw malformed(where, "is derived and has `multiple` or `one_or`", "`of` and `divide` alone");
+            throw malformed(where, "is derived and has `multiple` or `one_or`",
+                            "`of` and `divide`, or `sum`, alone");
         }
         if (axis.one_or) {
             known(where + ".one_or", *axis.one_or, m_.axes, "an axis");
@@ -225,6 +232,31 @@ void Validator::axes() const {
                                 "a divisor of its multiple, " + std::to_string(base.multiple));
             }
         }
+        for (std::size_t i = 0; i < axis.sum.size(); ++i) term(at(where + ".sum", i), axis.sum[i]);
+    }
+}
+
+void Validator::term(const std::string& where, const Term& term) const {
+    double largest = static_cast<double>(term.times);  // of at most five factors below 2^31: to be compared
+    std::int64_t divide = term.divide;                 // what is left of it, divided by what it divides
+    const auto divisible_by = [&divide](std::int64_t factor) { divide /= std::gcd(divide, factor); };
+    std::string multiple = std::to_string(term.times);
+    divisible_by(term.times);
+    for (const std::string& name : term.of) {
+        known(where + ".of", name, m_.axes, "an axis");
+        const Axis& base = m_.axes.at(name);
+        if (derived(base)) {
+            throw malformed(where + ".of", "has " + show(name) + ", itself derived",
+                            "axes with limits of their own");
+        }
+        divisible_by(base.multiple);
+        largest *= static_cast<double>(base.max.value_or(1));
+    }
+    if (largest > 9007199254740992.0) throw malformed(where, "may be larger than 2^53", "smaller limits");
+    if (divide != 1) {
+        throw malformed(where + ".divide",
+                        "is " + std::to_string(term.divide) + ", which does not always divide",
+                        "a divisor of times and the multiples");
     }
 }
 
@@ -235,9 +267,8 @@ void Validator::guidance() {
             throw malformed(at("guidance", i) + ".name", "repeats " + show(guidance.name),
                             "a name of its own");
         }
-        if (guidance.above.has_value() == guidance.at_least.has_value()) {
-            throw malformed(at("guidance", i), "does not say when it applies",
-                            "exactly one of `above` and `at_least`");
+        if (guidance.above && guidance.at_least) {
+            throw malformed(at("guidance", i), "has two conditions", "`above`, `at_least`, or neither");
         }
     }
 }
@@ -249,6 +280,13 @@ void Validator::schedules() const {
     if (m_.schedules->default_steps < low || m_.schedules->default_steps > high) {
         throw malformed("schedules.default_steps", "is " + std::to_string(m_.schedules->default_steps),
                         std::to_string(low) + " to " + std::to_string(high) + ", as the sampler takes");
+    }
+    const std::optional<Strength>& strength = m_.schedules->strength;
+    if (strength && strength->default_strength < 1 &&
+        !m_.schedules->samplers.at(m_.schedules->default_sampler).order) {
+        throw malformed("schedules.strength.default",
+                        "is " + repr(strength->default_strength) + ", but the default sampler has no `order`",
+                        "1, or a sampler that may start midway");
     }
 }
 
@@ -270,6 +308,10 @@ void Validator::deltas() const {
             throw malformed(where + ".kernel", "does not go with kind " + str(name(target.kind)),
                             "`kernel` for conv and only there");
         }
+        if ((target.kind == TargetKind::experts) != target.experts.has_value()) {
+            throw malformed(where + ".experts", "does not go with kind " + str(name(target.kind)),
+                            "`experts` for experts and only there");
+        }
         if (target.rank > m_.deltas->rank) {
             throw malformed(where + ".rank", "is " + std::to_string(target.rank),
                             "at most `deltas.rank`, " + std::to_string(m_.deltas->rank));
@@ -282,13 +324,21 @@ void Validator::shape(const std::string& where, const Dims& shape) const {
     for (const Dim& dim : shape) {
         if (dim.symbolic()) known(where, dim.axis, m_.axes, "an axis");
     }
-    std::int64_t elements = 1;  // at least so many; sizes are below 2^31, so that the product fits
+    std::int64_t elements = 1;  // at least so many
     for (const Dim& dim : shape) {
-        elements *= dim.symbolic() ? m_.axes.at(dim.axis).min.value_or(1) : dim.size;
-        if (elements > most) {
+        const std::int64_t size = dim.symbolic() ? least(dim.axis) : dim.size;
+        if (size > most / elements) {
             throw malformed(where, "has more than 2^40 elements", "a tensor that a machine could hold");
         }
+        elements *= size;
     }
+}
+
+// The smallest size of an axis.
+std::int64_t Validator::least(const std::string& axis) const {
+    const auto own = [this](const std::string& name) { return &*m_.axes.at(name).min; };
+    const Axis& found = m_.axes.at(axis);
+    return found.derived() ? std::max<std::int64_t>(found.size(own).value_or(1), 1) : found.min.value_or(1);
 }
 
 void Validator::tensors() const {
@@ -306,14 +356,14 @@ void Validator::tensors() const {
     }
 }
 
-// The keys that each source needs and allows; of `text` and `constant`, exactly one.
+// The keys that each source needs and allows; of `text` and `constant`, exactly one, and of an image's any.
 void Validator::keys(const std::string& where, const ProvidedTensor& tensor) const {
     struct Key {
         std::string_view name;
         bool given;
         TensorSource source;  // the one that it goes with
     };
-    const std::array<Key, 7> all = {{
+    const std::array<Key, 10> all = {{
         {"text", tensor.text.has_value(), TensorSource::text},
         {"constant", tensor.constant.has_value(), TensorSource::text},
         {"tokenizer", tensor.tokenizer.has_value(), TensorSource::text},
@@ -321,6 +371,9 @@ void Validator::keys(const std::string& where, const ProvidedTensor& tensor) con
         {"draw", tensor.draw.has_value(), TensorSource::noise},
         {"column", tensor.column.has_value(), TensorSource::schedule},
         {"guidance", tensor.guidance.has_value(), TensorSource::guidance},
+        {"index", tensor.index.has_value(), TensorSource::image},
+        {"from", tensor.origin.has_value(), TensorSource::image},
+        {"resize", !tensor.resize.empty(), TensorSource::image},
     }};
     for (const Key& key : all) {
         const bool allowed = key.source == tensor.source;
@@ -328,9 +381,34 @@ void Validator::keys(const std::string& where, const ProvidedTensor& tensor) con
             throw malformed(where + "." + str(key.name),
                             "does not go with source " + str(name(tensor.source)), "no such key");
         }
-        if (!key.given && allowed && key.name != "text" && key.name != "constant") {
+        const bool optional =
+            key.source == TensorSource::image || key.name == "text" || key.name == "constant";
+        if (!key.given && allowed && !optional) {
             throw malformed(where + "." + str(key.name), "is missing",
                             "it with source " + str(name(tensor.source)));
+        }
+    }
+}
+
+// Which of a request's photographs a tensor shows, and at what size.
+void Validator::picture(const std::string& where, const ProvidedTensor& tensor) const {
+    if (tensor.index.value_or(0) >= max_pictures) {
+        throw malformed(where + ".index", "is " + std::to_string(*tensor.index),
+                        "a number below " + std::to_string(max_pictures));
+    }
+    if (tensor.origin) {
+        known(where + ".from", *tensor.origin, m_.tensors, "a tensor that the runtime provides");
+        const ProvidedTensor& origin = m_.tensors.at(*tensor.origin);
+        if (origin.source != TensorSource::image || !origin.resize.empty() ||
+            origin.index.value_or(0) != tensor.index.value_or(0)) {
+            throw malformed(where + ".from", "is " + show(*tensor.origin),
+                            "a tensor with source `image`, the same `index` and no `resize`");
+        }
+        if (tensor.resize.empty()) throw malformed(where + ".resize", "is missing", "it with `from`");
+    }
+    for (const Resize& step : tensor.resize) {
+        if (step.min_area && step.max_area && *step.min_area > *step.max_area) {
+            throw malformed(where + ".resize", "has a min_area above its max_area", "the smaller one first");
         }
     }
 }
@@ -373,6 +451,7 @@ void Validator::source(const std::string& where, const ProvidedTensor& tensor) c
                 throw malformed(where + ".shape", "is " + written(tensor.shape),
                                 R"(["batch", height, width, 3])");
             }
+            picture(where, tensor);
             break;
         case TensorSource::text:
             if (tensor.text.has_value() == tensor.constant.has_value()) {
@@ -398,7 +477,11 @@ void Validator::source(const std::string& where, const ProvidedTensor& tensor) c
                 throw malformed(where, "reads the schedule, but there is no `schedules`",
                                 "a `schedules` section");
             }
-            if (tensor.column != Column::coefficients) {
+            if (tensor.column == Column::start && !m_.schedules->strength) {
+                throw malformed(where, "reads where a request starts, but there is no `schedules.strength`",
+                                "`strength`");
+            }
+            if (tensor.column != Column::coefficients && tensor.column != Column::start) {
                 fixed(floats, Dims{});
                 break;
             }
@@ -504,8 +587,10 @@ void Validator::program() {
     std::stable_sort(order.begin(), order.end(), [this](std::size_t a, std::size_t b) {
         return m_.program[a].phase < m_.program[b].phase;
     });
+    const bool both = std::any_of(m_.guidance.begin(), m_.guidance.end(),
+                                  [](const Guidance& guidance) { return guidance.decides(); });
     for (const bool guided : {false, true}) {
-        if (guided && m_.guidance.empty()) break;
+        if (guided && !both) break;
         std::vector<std::size_t> part;
         std::copy_if(order.begin(), order.end(), std::back_inserter(part),
                      [&](std::size_t i) { return m_.program[i].runs(guided); });
@@ -647,8 +732,8 @@ void Validator::state(const Flow& flow) const {
 }
 
 void Validator::results(const Flow& flow) const {
-    if (!m_.results.image && m_.results.deltas.empty()) {
-        throw malformed("results", "is empty", "an `image`, `deltas`, or both");
+    if (!m_.results.image && m_.results.deltas.empty() && m_.results.outputs.empty()) {
+        throw malformed("results", "is empty", "an `image`, `deltas` or `outputs`");
     }
     if (m_.results.image) {
         known("results.image", *m_.results.image, flow.made, "made by a call");
@@ -674,6 +759,13 @@ void Validator::results(const Flow& flow) const {
             throw malformed(key, "is " + written(value.dtype, value.shape), "float32 with at least 3 axes");
         }
     }
+    std::set<std::string> seen;
+    for (std::size_t i = 0; i < m_.results.outputs.size(); ++i) {
+        const std::string& result = m_.results.outputs[i];
+        const std::string key = at("results.outputs", i);
+        known(key, result, flow.made, "made by a call");
+        if (!seen.insert(result).second) throw malformed(key, "repeats " + show(result), "each name once");
+    }
 }
 
 void Validator::image() const {
@@ -688,6 +780,16 @@ void Validator::image() const {
                         "has no multiple of " + std::to_string(policy.multiple) + " from " +
                             std::to_string(policy.min) + " to " + std::to_string(policy.max),
                         "at least one size");
+    }
+    for (std::size_t i = 0; i < policy.sizes.size(); ++i) {
+        const auto& [width, height] = policy.sizes[i];
+        for (const std::int64_t side : policy.sizes[i]) {
+            if (side % policy.multiple == 0 && side >= policy.min && side <= policy.max) continue;
+            throw malformed(at("image.sizes", i),
+                            "is [" + std::to_string(width) + ", " + std::to_string(height) + "]",
+                            "multiples of " + std::to_string(policy.multiple) + " from " +
+                                std::to_string(policy.min) + " to " + std::to_string(policy.max));
+        }
     }
 }
 

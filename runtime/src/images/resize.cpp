@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "core/error.hpp"
 
@@ -22,6 +24,14 @@ double sinc(double x) {
     return std::sin(x) / x;
 }
 
+double bicubic(double x) {
+    constexpr double a = -0.5;
+    x = std::abs(x);
+    if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
+    if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
+    return 0.0;
+}
+
 double lanczos(double x) { return -lobes <= x && x < lobes ? sinc(x) * sinc(x / lobes) : 0.0; }
 
 // Which pixels make each new one, and their weights.
@@ -39,10 +49,11 @@ int rounded(double value) {
     return static_cast<int>(value + 0.5);  // NOLINT(bugprone-incorrect-roundings)
 }
 
-Weights weights(int old_size, int new_size) {
+Weights weights(int old_size, int new_size, core::Filter filter) {
+    const bool cubic = filter == core::Filter::bicubic;
     const double scale = static_cast<double>(old_size) / new_size;
     const double filter_scale = std::max(scale, 1.0);
-    const double support = lobes * filter_scale, step = 1.0 / filter_scale;
+    const double support = (cubic ? 2.0 : lobes) * filter_scale, step = 1.0 / filter_scale;
     Weights result;
     result.stride = static_cast<std::size_t>(std::ceil(support)) * 2 + 1;
     result.windows.reserve(static_cast<std::size_t>(new_size));
@@ -54,7 +65,8 @@ Weights weights(int old_size, int new_size) {
         const int count = std::min(rounded(center + support), old_size) - begin;
         double sum = 0.0;
         for (int j = 0; j < count; ++j) {
-            const double weight = lanczos((j + begin - center + 0.5) * step);
+            const double x = (j + begin - center + 0.5) * step;
+            const double weight = cubic ? bicubic(x) : lanczos(x);
             window[static_cast<std::size_t>(j)] = weight;
             sum += weight;
         }
@@ -75,8 +87,9 @@ std::uint8_t to_byte(std::int32_t sum) {
 
 constexpr std::int32_t half = 1 << (precision_bits - 1);
 
-std::vector<std::uint8_t> resize_rows(const std::uint8_t* rgb, int width, int height, int new_width) {
-    const Weights table = weights(width, new_width);
+std::vector<std::uint8_t> resize_rows(const std::uint8_t* rgb, int width, int height, int new_width,
+                                      core::Filter filter) {
+    const Weights table = weights(width, new_width, filter);
     std::vector<std::uint8_t> result(3 * static_cast<std::size_t>(new_width) *
                                      static_cast<std::size_t>(height));
     std::uint8_t* out = result.data();
@@ -100,8 +113,9 @@ std::vector<std::uint8_t> resize_rows(const std::uint8_t* rgb, int width, int he
     return result;
 }
 
-std::vector<std::uint8_t> resize_columns(const std::uint8_t* rgb, int width, int height, int new_height) {
-    const Weights table = weights(height, new_height);
+std::vector<std::uint8_t> resize_columns(const std::uint8_t* rgb, int width, int height, int new_height,
+                                         core::Filter filter) {
+    const Weights table = weights(height, new_height, filter);
     const std::size_t row_bytes = 3 * static_cast<std::size_t>(width);
     std::vector<std::uint8_t> result(row_bytes * static_cast<std::size_t>(new_height));
     std::vector<std::int32_t> sums(row_bytes);
@@ -118,6 +132,21 @@ std::vector<std::uint8_t> resize_columns(const std::uint8_t* rgb, int width, int
         weight += table.stride;
     }
     return result;
+}
+
+// Of the policy's sizes within its limits, that whose aspect is nearest to the photo's; of several the
+// least, by width, then height.
+std::optional<Size> nearest_aspect(const core::ImagePolicy& policy, int width, int height) {
+    const double aspect = static_cast<double>(width) / height;
+    std::optional<std::tuple<double, int, int>> best;
+    for (const auto& [w, h] : policy.sizes) {
+        if (std::min(w, h) < policy.min || std::max(w, h) > policy.max) continue;
+        const double distance = std::abs(aspect - static_cast<double>(w) / static_cast<double>(h));
+        const std::tuple one{distance, static_cast<int>(w), static_cast<int>(h)};
+        if (!best || one < *best) best = one;
+    }
+    if (!best) return std::nullopt;
+    return Size(std::get<1>(*best), std::get<2>(*best));
 }
 
 }  // namespace
@@ -138,10 +167,12 @@ Size working_size(const core::ImagePolicy& policy, int width, int height,
         }
         return *explicit_size;
     }
+    if (const std::optional<Size> offered = nearest_aspect(policy, width, height)) return *offered;
     const auto area = static_cast<double>(std::int64_t{width} * height);
     const int shorter = std::min(width, height);
     const auto min = static_cast<double>(policy.min);
-    double scale = std::min(std::sqrt(static_cast<double>(policy.default_area) / area), 1.0);
+    double scale = std::sqrt(static_cast<double>(policy.default_area) / area);
+    if (!policy.enlarge) scale = std::min(scale, 1.0);
     if (shorter * scale < min) scale = min / shorter;
     const std::int64_t low = (policy.min + policy.multiple - 1) / policy.multiple * policy.multiple;
     const std::int64_t most = policy.max / policy.multiple, high = most * policy.multiple;
@@ -155,21 +186,62 @@ Size working_size(const core::ImagePolicy& policy, int width, int height,
     return {side(width), side(height)};
 }
 
-std::vector<std::uint8_t> resize_lanczos(const std::uint8_t* rgb, int width, int height, int new_width,
-                                         int new_height) {
+std::vector<Size> resized_sizes(const std::vector<core::Resize>& steps, int width, int height) {
+    std::vector<Size> sizes;
+    for (const core::Resize& step : steps) {
+        const double area = static_cast<double>(std::int64_t{width} * height);
+        const auto sides = [&](double (*to_integer)(double), double divisor, double factor) {
+            const auto side = [&](int length) {
+                const auto multiple = static_cast<double>(step.multiple);
+                const double count = std::max(1.0, to_integer(length / divisor * factor / multiple));
+                return static_cast<int>(std::min(count * multiple, double{1 << 30}));
+            };
+            return Size(side(width), side(height));
+        };
+        const auto nearest = [](double x) { return std::floor(x + 0.5); };
+        const auto down = [](double x) { return std::floor(x); };
+        const auto up = [](double x) { return std::ceil(x); };
+        const auto wanted = [](const std::optional<std::int64_t>& pixels) {
+            return static_cast<double>(*pixels);
+        };
+        Size made = sides(nearest, step.area ? std::sqrt(area / wanted(step.area)) : 1.0, 1.0);
+        const std::int64_t pixels = std::int64_t{made.first} * made.second;
+        if (step.max_area && pixels > *step.max_area) {
+            made = sides(down, std::sqrt(area / wanted(step.max_area)), 1.0);
+        } else if (step.min_area && pixels < *step.min_area) {
+            made = sides(up, 1.0, std::sqrt(wanted(step.min_area) / area));
+        }
+        if (std::int64_t{made.first} * made.second > max_pixels) {
+            throw core::Error(
+                core::ErrorKind::input,
+                "A photo of " + std::to_string(width) + "x" + std::to_string(height) +
+                    " pixels would be brought to " + std::to_string(made.first) + "x" +
+                    std::to_string(made.second),
+                "Expected at most " + std::to_string(max_pixels) + " pixels",
+                "Give a photo of another shape; if it is an ordinary one, the bundle is damaged");
+        }
+        sizes.push_back(made);
+        std::tie(width, height) = made;
+    }
+    return sizes;
+}
+
+std::vector<std::uint8_t> resize(const std::uint8_t* rgb, int width, int height, int new_width,
+                                 int new_height, core::Filter filter) {
     if (width == new_width && height == new_height) {
         return {rgb, rgb + 3 * static_cast<std::size_t>(width) * static_cast<std::size_t>(height)};
     }
-    if (width == new_width) return resize_columns(rgb, width, height, new_height);
-    if (height == new_height) return resize_rows(rgb, width, height, new_width);
+    if (width == new_width) return resize_columns(rgb, width, height, new_height, filter);
+    if (height == new_height) return resize_rows(rgb, width, height, new_width, filter);
     // Until version 12 Pillow began with the rows always. This rule of version 13 was read off its results.
     const bool columns_first =
         new_height < height && std::int64_t{height} - new_height > 2 * (std::int64_t{width} - new_width);
     if (columns_first) {
-        return resize_rows(resize_columns(rgb, width, height, new_height).data(), width, new_height,
-                           new_width);
+        return resize_rows(resize_columns(rgb, width, height, new_height, filter).data(), width, new_height,
+                           new_width, filter);
     }
-    return resize_columns(resize_rows(rgb, width, height, new_width).data(), new_width, height, new_height);
+    return resize_columns(resize_rows(rgb, width, height, new_width, filter).data(), new_width, height,
+                          new_height, filter);
 }
 
 std::vector<std::uint8_t> composite_on_white(const std::uint8_t* rgba, std::size_t count) {

@@ -23,10 +23,14 @@ inline constexpr std::int64_t max_pixels = 89'478'485;
 Size working_size(const core::ImagePolicy& policy, int width, int height,
                   const std::optional<Size>& explicit_size = {});
 
-// Pixels uint8 [height, width, 3] brought to [new_height, new_width, 3] by Lanczos resampling with three
-// lobes: the bytes that Pillow gives. All sides are at least 1.
-std::vector<std::uint8_t> resize_lanczos(const std::uint8_t* rgb, int width, int height, int new_width,
-                                         int new_height);
+// The size after each of the steps, from a photo of `width` × `height`, both at least 1.
+// Throws core::Error(input): it would be beyond max_pixels.
+std::vector<Size> resized_sizes(const std::vector<core::Resize>& steps, int width, int height);
+
+// Pixels uint8 [height, width, 3] brought to [new_height, new_width, 3] by resampling, Lanczos with three
+// lobes or bicubic (a = -1/2): the bytes that Pillow gives. All sides are at least 1.
+std::vector<std::uint8_t> resize(const std::uint8_t* rgb, int width, int height, int new_width,
+                                 int new_height, core::Filter filter = core::Filter::lanczos);
 
 // Pixels uint8 [count, 4], RGBA, on white: [count, 3].
 std::vector<std::uint8_t> composite_on_white(const std::uint8_t* rgba, std::size_t count);

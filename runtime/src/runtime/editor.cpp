@@ -135,6 +135,26 @@ void draw(float* out, std::size_t count, const std::vector<Seed>& seeds, std::ui
 }
 
 // Whether a tensor is drawn at a size that others determine, or changes from step to step.
+// A photo's pixels, row by row without gaps: uint8 [H, W, 3]. Throws Error(input) for one without pixels.
+Array whole(const Photo& photo) {
+    Array rgb(Dtype::uint8, {photo.height, photo.width, 3});
+    const std::size_t row = static_cast<std::size_t>(photo.width) * 3;
+    for (std::int64_t y = 0; y < photo.height; ++y) {
+        std::memcpy(rgb.data() + static_cast<std::size_t>(y) * row,
+                    photo.data + static_cast<std::size_t>(y) * photo.stride, row);
+    }
+    return rgb;
+}
+
+Array resized(const Array& rgb, const Size& target, core::Filter filter) {
+    const std::int64_t height = rgb.shape()[0], width = rgb.shape()[1];
+    if (target.width == width && target.height == height) return rgb;
+    const std::vector<std::uint8_t> pixels =
+        images::resize(rgb.as<unsigned char>(), static_cast<int>(width), static_cast<int>(height),
+                       static_cast<int>(target.width), static_cast<int>(target.height), filter);
+    return {Dtype::uint8, {target.height, target.width, 3}, pixels.data()};
+}
+
 bool needs_axes(const core::ProvidedTensor& tensor) { return tensor.draw || tensor.changes(); }
 
 // A column of the schedule by evaluation.
@@ -153,7 +173,7 @@ StepInput column(const std::string& name, const core::ProvidedTensor& tensor, co
 
 // What a batch of requests says, one entry for each sample.
 struct Editor::Samples {
-    std::vector<Array> pixels;  // uint8 [H, W, 3] at the working size
+    std::map<std::string, std::vector<Array>> pictures;  // by tensor: uint8 [H, W, 3] at its size
     std::vector<std::string> prompts, negative_prompts;
     std::vector<Seed> seeds;
     std::map<std::string, std::vector<double>> scales;
@@ -248,11 +268,16 @@ void Editor::set_limits() {
             if (name != section.default_sampler) limits_.steps.emplace_back(name, schedule_->accepted(name));
         }
         limits_.default_steps = section.default_steps;
+        if (section.strength) limits_.default_strength = section.strength->default_strength;
     }
     for (const core::Guidance& guidance : manifest_.guidance) {
         limits_.guidance.emplace_back(guidance.name, guidance.default_scale);
     }
     limits_.rank = manifest_.deltas ? manifest_.deltas->rank : 0;
+    for (const auto& [name, tensor] : manifest_.tensors) {
+        if (tensor.source != core::TensorSource::image) continue;
+        limits_.photos = std::max(limits_.photos, static_cast<std::size_t>(tensor.index.value_or(0)) + 1);
+    }
     limits_.edits = manifest_.results.image.has_value();
     limits_.generates = !manifest_.results.deltas.empty();
 }
@@ -268,7 +293,8 @@ std::optional<core::ImagePolicy> Editor::policy(std::int64_t batch) const {
 void Editor::edit(const EditOptions& options, const Place& place) {
     if (!manifest_.results.image) {
         throw Error(ErrorKind::unsupported, "This bundle makes no images",
-                    "It holds a generator of deltas alone", "Use `generate`, or export with a base");
+                    "It holds a generator of deltas alone, or a module that is no editor",
+                    "Use `generate` or `run`, or export with a base");
     }
     const std::string& image = *manifest_.results.image;
     Samples batch = samples(options.count, options.photos, options.size);
@@ -289,12 +315,7 @@ void Editor::edit(const EditOptions& options, const Place& place) {
         deltas = checked(options.deltas, options.count);
         for (const auto& [name, array] : deltas) inputs.emplace_back(name, View(*array));
     }
-    bool guided = !manifest_.guidance.empty();
-    for (const core::Guidance& guidance : manifest_.guidance) {
-        const std::vector<double>& values = batch.scales.at(guidance.name);
-        guided &= std::any_of(values.begin(), values.end(),
-                              [&](double scale) { return guidance.satisfied(scale); });
-    }
+    const bool guided = core::is_guided(manifest_.guidance, &batch.scales);
     std::set<std::string> names;
     for (const auto& [name, view] : inputs) names.insert(name);
     const Plan plan = make_plan(manifest_, {image}, names, guided);
@@ -302,10 +323,10 @@ void Editor::edit(const EditOptions& options, const Place& place) {
 
     std::optional<core::Rows> rows;
     if (schedule_) {
-        rows = schedule_->rows(options.sampler, options.steps);
-    } else if (options.sampler || options.steps) {
-        throw Error(ErrorKind::input, "This bundle has no schedule", "Expected neither `steps` nor `sampler`",
-                    "Leave them out");
+        rows = schedule_->rows(options.sampler, options.steps, options.strength);
+    } else if (options.sampler || options.steps || options.strength) {
+        throw Error(ErrorKind::input, "This bundle has no schedule",
+                    "Expected neither `steps` nor `sampler` nor `strength`", "Leave them out");
     }
     std::vector<std::string> generated;
     for (const std::string& name : manifest_.results.deltas) {
@@ -326,18 +347,13 @@ core::Deltas Editor::generate(const GenerateOptions& options) {
     }
     std::vector<Array> kept;
     NamedViews inputs = given(options.inputs, {}, kept);
-    std::size_t count = 1;
-    for (const auto& [name, view] : inputs) {
-        const core::Dims& shape = manifest_.signatures.at(name).shape;
-        if (!shape.empty() && shape[0].axis == "batch" && !view.shape.empty()) {
-            count = static_cast<std::size_t>(view.shape[0]);
-            break;
-        }
-    }
+    const std::size_t count = batch_of(inputs);
     check_batch(count);
-    Samples batch =
-        samples(count, options.photo ? std::vector<Photo>(count, *options.photo) : std::vector<Photo>(),
-                options.size);
+    std::vector<Photo> photos;  // the same for each sample
+    for (std::size_t i = 0; i < count; ++i) {
+        photos.insert(photos.end(), options.photos.begin(), options.photos.end());
+    }
+    Samples batch = samples(count, photos, options.size);
     batch.prompts.assign(count, options.prompt);
     batch.negative_prompts.assign(count, "");
     for (std::size_t i = 0; i < count; ++i) batch.seeds.push_back({0, static_cast<std::uint32_t>(i)});
@@ -369,13 +385,73 @@ core::Deltas Editor::generate(const GenerateOptions& options) {
     return core::Deltas(std::move(made));
 }
 
+std::vector<std::pair<std::string, Array>> Editor::run(const RunOptions& options) {
+    const std::vector<std::string>& named = manifest_.results.outputs;
+    if (named.empty()) {
+        throw Error(ErrorKind::unsupported, "This bundle names no outputs", "It makes images or deltas",
+                    "Use `edit` or `generate`, or make a bundle with hywu_export.trace");
+    }
+    const std::vector<std::string> wanted = options.outputs.empty() ? named : options.outputs;
+    for (const std::string& name : wanted) {
+        if (std::find(named.begin(), named.end(), name) != named.end()) continue;
+        std::string known;
+        for (const std::string& output : named) known += (known.empty() ? "" : ", ") + output;
+        throw Error(ErrorKind::input, "This bundle has no output " + show(name), "It has: " + known,
+                    "Correct `outputs`");
+    }
+    std::vector<Array> kept;
+    NamedViews inputs = given(options.inputs, {}, kept);
+    const std::size_t count = batch_of(inputs);
+    Samples batch = samples(count, {}, {});
+    batch.prompts.assign(count, "");
+    batch.negative_prompts.assign(count, "");
+    for (std::size_t i = 0; i < count; ++i) batch.seeds.push_back({0, static_cast<std::uint32_t>(i)});
+    EditOptions defaults;
+    defaults.count = count;
+    defaults.cancelled = options.cancelled;
+    batch.scales = scales(defaults);
+    batch.strengths = per_sample("delta_strength", options.strengths, count);
+    core::Deltas deltas;
+    if (!options.deltas.empty()) {
+        deltas = checked(options.deltas, count);
+        for (const auto& [name, array] : deltas) inputs.emplace_back(name, View(*array));
+    }
+    std::set<std::string> names;
+    for (const auto& [name, view] : inputs) names.insert(name);
+    const Plan plan = make_plan(manifest_, wanted, names);
+    add_absent(plan, batch.strengths, inputs, kept);
+    std::vector<std::string> generated;
+    for (const std::string& name : manifest_.results.deltas) {
+        if (options.deltas.empty() && names.count(name) == 0) generated.push_back(name);
+    }
+    std::vector<std::pair<std::string, Array>> made;
+    run(
+        plan, batch, inputs, {}, std::move(generated), defaults, [](const Axes&) {},
+        [&](const std::string& name, backends::DeviceTensor& tensor) {
+            Array array(tensor.dtype(), tensor.shape());
+            tensor.read(array.data(), array.bytes());
+            made.emplace_back(name, std::move(array));
+        });
+    return made;
+}
+
+std::size_t Editor::batch_of(const NamedViews& inputs) const {
+    for (const auto& [name, view] : inputs) {
+        const core::Dims& shape = manifest_.signatures.at(name).shape;
+        if (!shape.empty() && shape[0].axis == "batch" && !view.shape.empty()) {
+            return static_cast<std::size_t>(view.shape[0]);
+        }
+    }
+    return 1;
+}
+
 void Editor::warm_up() {
-    const bool guided = !manifest_.guidance.empty() &&
-                        std::all_of(manifest_.guidance.begin(), manifest_.guidance.end(),
-                                    [](const core::Guidance& g) { return g.satisfied(g.default_scale); });
+    const bool guided = core::is_guided(manifest_.guidance);
+    const core::Results& results = manifest_.results;
     const Plan plan = make_plan(manifest_,
-                                manifest_.results.image ? std::vector<std::string>{*manifest_.results.image}
-                                                        : manifest_.results.deltas,
+                                results.image              ? std::vector<std::string>{*results.image}
+                                : !results.outputs.empty() ? results.outputs
+                                                           : results.deltas,
                                 {}, guided);
     {
         const Turn turn(*this);
@@ -394,8 +470,8 @@ void Editor::warm_up() {
     }();
     EditOptions options;
     options.count = static_cast<std::size_t>(limits_.batch_min);
-    options.photos.assign(options.count, {gray.as<unsigned char>(), size.width, size.height,
-                                          static_cast<std::size_t>(3 * size.width)});
+    options.photos.assign(options.count * limits_.photos, {gray.as<unsigned char>(), size.width, size.height,
+                                                           static_cast<std::size_t>(3 * size.width)});
     if (manifest_.image) options.size = size;
     options.strengths = {plan.absent.empty() ? 1.0 : 0.0};
     if (schedule_ && !limits_.steps[0].second.empty()) options.steps = limits_.steps[0].second[0];
@@ -472,29 +548,57 @@ void Editor::check_batch(std::size_t count) const {
 }
 
 Editor::Samples Editor::samples(std::size_t count, const std::vector<Photo>& photos,
-                                std::optional<Size> size) const {
+                                const std::optional<Size>& size) const {
     check_batch(count);
     Samples result;
     result.count = count;
-    const auto policy =
-        size ? manifest_.image : this->policy(static_cast<std::int64_t>(count));  // as in working_size
-    for (const Photo& photo : photos) {
-        if (photo.data == nullptr) continue;  // missing; this is noticed if the bundle needs it
-        const Size target = working_size(photo.width, photo.height, size, policy);
-        if (policy) size = target;  // all photos are brought to the first one's
-        Array rgb(Dtype::uint8, {photo.height, photo.width, 3});
-        const std::size_t row = static_cast<std::size_t>(photo.width) * 3;
-        for (std::int64_t y = 0; y < photo.height; ++y) {
-            std::memcpy(rgb.data() + static_cast<std::size_t>(y) * row,
-                        photo.data + static_cast<std::size_t>(y) * photo.stride, row);
+    std::vector<std::pair<std::string, const core::ProvidedTensor*>> tensors;
+    for (const bool derived : {false, true}) {  // what others start from comes first
+        for (const auto& [name, tensor] : manifest_.tensors) {
+            if (tensor.source != core::TensorSource::image || tensor.origin.has_value() != derived) continue;
+            tensors.emplace_back(name, &tensor);
+            result.pictures[name];
         }
-        if (target.width != photo.width || target.height != photo.height) {
-            const std::vector<std::uint8_t> resized = images::resize_lanczos(
-                rgb.as<unsigned char>(), static_cast<int>(photo.width), static_cast<int>(photo.height),
-                static_cast<int>(target.width), static_cast<int>(target.height));
-            rgb = Array(Dtype::uint8, {target.height, target.width, 3}, resized.data());
+    }
+    if (!photos.empty() && photos.size() != count * limits_.photos) {
+        throw Error(ErrorKind::input, "There are " + std::to_string(photos.size()) + " photos",
+                    "This bundle takes " + std::to_string(limits_.photos) + " for each of " +
+                        std::to_string(count) + " samples",
+                    "Give so many, or export with other --images");
+    }
+    const auto own = this->policy(static_cast<std::int64_t>(count));
+    std::map<std::string, std::vector<images::Size>> fitted;  // the first sample's sizes, for all
+    for (std::size_t sample = 0; sample * limits_.photos < photos.size(); ++sample) {
+        const Photo* given = photos.data() + sample * limits_.photos;
+        for (const auto& [name, tensor] : tensors) {
+            const Photo& photo = given[tensor->index.value_or(0)];
+            if (photo.data == nullptr) continue;  // missing; this is noticed if the bundle needs it
+            std::vector<Array>& made = result.pictures.at(name);
+            if (!tensor->resize.empty()) {
+                if (!tensor->origin)
+                    working_size(photo.width, photo.height, {}, {});  // that there are pixels
+                const Array start =
+                    tensor->origin ? result.pictures.at(*tensor->origin).back() : whole(photo);
+                auto& sizes = fitted[name];
+                if (sizes.empty()) {
+                    sizes = images::resized_sizes(tensor->resize, static_cast<int>(start.shape()[1]),
+                                                  static_cast<int>(start.shape()[0]));
+                }
+                Array pixels = start;
+                for (std::size_t i = 0; i < sizes.size(); ++i) {
+                    pixels = resized(pixels, {sizes[i].first, sizes[i].second}, tensor->resize[i].filter);
+                }
+                made.push_back(std::move(pixels));
+                continue;
+            }
+            // An explicit size is the user's: whether an engine takes it is seen when all axes are known.
+            const bool chosen = size && manifest_.image && manifest_.image->tensor == name;
+            std::optional<Size> wanted = chosen ? size : std::nullopt;
+            const auto& policy = chosen ? manifest_.image : own;
+            if (policy && !made.empty()) wanted = Size{made[0].shape()[1], made[0].shape()[0]};
+            const Size target = working_size(photo.width, photo.height, wanted, policy);
+            made.push_back(resized(whole(photo), target, core::Filter::lanczos));
         }
-        result.pixels.push_back(std::move(rgb));
     }
     return result;
 }
@@ -670,12 +774,13 @@ Array Editor::value(const std::string& name, const Samples& batch,
     };
     switch (tensor.source) {
         case core::TensorSource::image: {
-            if (batch.pixels.size() != batch.count) {
+            const std::vector<Array>& pictures = batch.pictures.at(name);
+            if (pictures.size() != batch.count) {
                 throw Error(ErrorKind::input, "A photo is missing", "This bundle needs one for each request",
                             "Give a photo");
             }
-            core::Shape shape = batch.pixels[0].shape();
-            for (const Array& pixels : batch.pixels) {
+            core::Shape shape = pictures[0].shape();
+            for (const Array& pixels : pictures) {
                 if (pixels.shape() == shape) continue;
                 throw Error(ErrorKind::input, "The photos of the batch differ in size",
                             "This bundle has no output-size policy to bring them to one size", "Resize them");
@@ -683,7 +788,7 @@ Array Editor::value(const std::string& name, const Samples& batch,
             shape.insert(shape.begin(), static_cast<std::int64_t>(batch.count));
             Array stacked(Dtype::uint8, std::move(shape));
             std::byte* out = stacked.data();
-            for (const Array& pixels : batch.pixels) {
+            for (const Array& pixels : pictures) {
                 std::memcpy(out, pixels.data(), pixels.bytes());
                 out += pixels.bytes();
             }
@@ -700,6 +805,16 @@ Array Editor::value(const std::string& name, const Samples& batch,
         case core::TensorSource::schedule:
             if (tensor.column == core::Column::initial_scale && rows) {
                 return Array(Dtype::float32, {}, &rows->initial_scale);
+            }
+            if (tensor.column == core::Column::start && rows && !rows->start.empty()) {
+                const auto width = static_cast<std::int64_t>(rows->start.size());
+                if (tensor.shape[0].size != width) {
+                    throw Error(ErrorKind::bundle,
+                                "The schedule starts with " + std::to_string(width) + " coefficients",
+                                "Expected " + shape_text(tensor.shape) + ", as tensor " + show(name),
+                                "Export the bundle again");
+                }
+                return Array(Dtype::float32, {width}, rows->start.data());
             }
             break;
         case core::TensorSource::noise:

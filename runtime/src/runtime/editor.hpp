@@ -39,7 +39,8 @@ struct Size {
 // is said.
 struct EditOptions {
     std::size_t count = 1;
-    std::vector<Photo> photos;                           // for each sample, or none where nothing needs them
+    std::vector<Photo>
+        photos;  // for each sample, as many as Limits::photos, or none where nothing needs them
     std::vector<std::string> prompts, negative_prompts;  // for each sample; none: empty texts
     std::uint64_t seed = 0;                              // gives each sample noise of its own
     std::vector<std::uint64_t> seeds;  // for each sample: what this seed alone gives; none: `seed`
@@ -50,6 +51,7 @@ struct EditOptions {
         deltas;  // none: generate; one set for all or for the batch; or one for each sample
     std::optional<std::string> sampler;
     std::optional<std::int64_t> steps;
+    std::optional<double> strength;  // the part of the steps to run, where edits start from the photo
     std::optional<Size> size;
     std::optional<View> noise, latents;  // floats [evaluations, batch, …]; [batch, …]
     NamedViews inputs;
@@ -58,22 +60,32 @@ struct EditOptions {
 };
 
 struct GenerateOptions {
-    std::optional<Photo> photo;
+    std::vector<Photo> photos;  // as many as Limits::photos, or none where nothing needs them
     std::string prompt;
     std::optional<Size> size;
     NamedViews inputs;
     std::function<bool()> cancelled;
 };
 
+struct RunOptions {
+    NamedViews inputs;
+    std::vector<std::string> outputs;         // none: all that the bundle names
+    std::vector<double> strengths = {1.0};    // one for all, or for each sample
+    std::vector<const core::Deltas*> deltas;  // as in EditOptions
+    std::function<bool()> cancelled;
+};
+
 // What an editor accepts: of the bundle's limits, what its engines cover if it runs on engines. `size` is
-// that of the newest of them; `guidance`: name and default.
+// that of the newest of them; `guidance`: name and default; `photos`: how many each sample has.
 struct Limits {
     std::int64_t batch_min = 1, batch_max = 1;
     std::optional<core::ImagePolicy> size;
     std::vector<std::pair<std::string, std::vector<std::int64_t>>> steps;  // by sampler, the default first
     std::int64_t default_steps = 0;                                        // 0: no schedule
+    double default_strength = 0;                                           // 0: edits start from noise
     std::vector<std::pair<std::string, double>> guidance;
     std::int64_t rank = 0;
+    std::size_t photos = 1;
     bool edits = false, generates = false;
 };
 
@@ -105,6 +117,8 @@ public:
     void edit(const EditOptions& options, const Place& place);
     // The deltas that an edit would use. Throws as edit().
     core::Deltas generate(const GenerateOptions& options);
+    // What a module that is no image editor makes of tensors, in the order of the outputs. Throws as edit().
+    std::vector<std::pair<std::string, core::Array>> run(const RunOptions& options);
     // Loads what a default request needs, and runs one on a gray photo if no input is missing.
     void warm_up();
 
@@ -133,7 +147,10 @@ private:
                       const std::optional<core::ImagePolicy>& policy) const;
     // The size that the newest engine is tuned for, or a small one.
     Size warm_up_size() const;
-    Samples samples(std::size_t count, const std::vector<Photo>& photos, std::optional<Size> size) const;
+    Samples samples(std::size_t count, const std::vector<Photo>& photos,
+                    const std::optional<Size>& size) const;
+    // The batch of tensors that the caller gives.
+    std::size_t batch_of(const NamedViews& inputs) const;
     std::map<std::string, std::vector<double>> scales(const EditOptions& options) const;
     // Tensors that the caller gives by name: no deltas, and nothing that changes from step to step.
     NamedViews given(const NamedViews& inputs, const std::optional<View>& latents,

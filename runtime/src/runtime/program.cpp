@@ -249,14 +249,15 @@ bool Executor::check_finite(const std::vector<std::string>& names) {
 }
 
 void Executor::check_result(const Plan& plan, Turn after) {
-    std::set<std::string> states;
+    std::set<std::string> names(plan.wanted.begin(), plan.wanted.end());
     for (const std::size_t i : plan.in(Phase::final)) {
         for (const auto& [port, name] : manifest_.reads(manifest_.program[i])) {
-            if (states_.count(name)) states.insert(name);
+            if (states_.count(name)) names.insert(name);
         }
     }
-    for (const std::string& name : states) {
+    for (const std::string& name : names) {
         DeviceTensor& held = tensor(name, after);
+        if (held.dtype() != core::Dtype::float32 && held.dtype() != core::Dtype::float16) continue;
         core::Array values(held.dtype(), held.shape());
         held.read(values.data(), values.bytes());
         if (core::all_finite(values.dtype(), values.data(), values.bytes())) continue;
@@ -408,8 +409,9 @@ backends::Session& Executor::session(const std::string& graph) {
     } else {
         const std::string path = bundle_->graph_file(graph, options_.variant);
         const std::filesystem::path file = bundle_->file(path);
-        loaded = pool_->get({options_.sharing, file},
-                            [&] { return backend_->load(file, bundle_->initializers(path)); });
+        loaded = pool_->get({options_.sharing, file}, [&] {
+            return backend_->load_stage(file, bundle_->initializers(path), manifest_.graphs.at(graph).stage);
+        });
     }
     backends::Session& held = *sessions_.emplace(graph, std::move(loaded)).first->second;
     timings_.load += seconds_since(start);
@@ -511,6 +513,8 @@ Axes resolve_axes(const core::Manifest& manifest, std::int64_t batch, const Name
                 continue;
             }
             std::string base = dim.axis;
+            if (const core::Axis* axis = manifest.axes.find(base); axis && !axis->sum.empty())
+                continue;  // compared when all sizes are known
             if (const core::Axis* axis = manifest.axes.find(base); axis && axis->of) {
                 const std::int64_t factor = axis->divide.value_or(1);
                 if (size > core::max_dimension || factor > core::max_dimension)
@@ -529,20 +533,10 @@ Axes resolve_axes(const core::Manifest& manifest, std::int64_t batch, const Name
         if (axis.one_or && !size_of(name)) {
             if (const std::int64_t* other = size_of(*axis.one_or)) sizes.emplace_back(name, *other);
         }
-        if (axis.of) {
-            if (const std::int64_t* other = size_of(*axis.of)) {
-                const std::int64_t size = *other / axis.divide.value_or(1);
-                if (std::int64_t* own = size_of(name)) {
-                    *own = size;
-                } else {
-                    sizes.emplace_back(name, size);
-                }
-            }
-        }
     }
     for (const auto& [name, size] : sizes) {
         const core::Axis* axis = manifest.axes.find(name);
-        if (axis == nullptr || axis->of) continue;
+        if (axis == nullptr || axis->derived()) continue;
         const std::int64_t low = axis->min.value_or(1), high = axis->max.value_or(1);
         if (size < low || size > high || size % axis->multiple != 0) {
             const std::string multiples =
@@ -559,6 +553,23 @@ Axes resolve_axes(const core::Manifest& manifest, std::int64_t batch, const Name
                             "Expected 1 or the size of " + *axis->one_or + ", " + std::to_string(*other),
                             "Give one set for all samples, or one for each");
             }
+        }
+    }
+    for (const auto& [name, axis] : manifest.axes) {
+        const std::optional<std::int64_t> size = axis.derived() ? axis.size(size_of) : std::nullopt;
+        if (!size) continue;
+        if (std::int64_t* own = size_of(name)) {
+            *own = *size;
+        } else {
+            sizes.emplace_back(name, *size);
+        }
+    }
+    for (const auto& [name, array] : arrays) {
+        const core::Value& signature = manifest.signatures.find(name)->second;
+        for (std::size_t i = 0; i < array.shape.size(); ++i) {
+            const core::Dim& dim = signature.shape[i];
+            const std::int64_t* size = dim.symbolic() ? size_of(dim.axis) : nullptr;
+            if (size && *size != array.shape[i]) throw mismatch(name, array, signature);
         }
     }
     Axes axes;

@@ -142,4 +142,11 @@ std::unique_ptr<Normalizer> make_normalizer(const core::Json& description) {
     throw UnsupportedTokenizer("its normalizer is of the type " + core::show(type));
 }
 
+std::string stripped_lowercase(std::string_view text) {
+    NormalizedString result(text);
+    result.strip(true, true);
+    Lowercase().normalize(result);
+    return result.text();
+}
+
 }  // namespace hywu::text

@@ -29,4 +29,7 @@ inline constexpr std::size_t max_normalized_bytes = std::size_t{64} << 20;
 // Precompiled, or a Sequence of these. Throws FileError, UnsupportedTokenizer.
 std::unique_ptr<Normalizer> make_normalizer(const core::Json& description);
 
+// A text without white space at its ends and in lower case, as Strip and Lowercase make it.
+std::string stripped_lowercase(std::string_view text);
+
 }  // namespace hywu::text

@@ -8,6 +8,7 @@
 #include "core/files.hpp"
 #include "core/log.hpp"
 #include "core/text.hpp"
+#include "text/normalizers.hpp"
 #include "text/regex.hpp"
 #include "text/tokenizer.hpp"
 
@@ -60,7 +61,7 @@ Encoded PromptEncoder::encode(const std::vector<std::string>& texts) const {
     const std::size_t gap = entry_.text_template.find("{}");
     for (const std::string& text : texts) {
         std::string whole = entry_.text_template;
-        whole.replace(gap, 2, text);
+        whole.replace(gap, 2, entry_.lowercase ? stripped_lowercase(text) : text);
         Tokenizer::Result tokens;
         try {
             tokens = tokenizer_->encode(whole, entry_.truncate ? std::optional(length) : std::nullopt);

@@ -261,6 +261,7 @@ TEST_CASE("arguments of an edit") {
     CHECK(with([](Request& r) { r.prompt = nullptr; }) == HYWU_ERROR_INPUT);
     CHECK(with([](Request& r) { r.prompt = "\xc3("; }) == HYWU_ERROR_INPUT);
     CHECK(with([](Request& r) { r.params.steps = -1; }) == HYWU_ERROR_INPUT);
+    CHECK(with([](Request& r) { r.params.strength = 0.5; }) == HYWU_ERROR_INPUT);  // it starts from noise
     CHECK(with([](Request& r) { r.params.sampler = "none"; }) == HYWU_ERROR_INPUT);
     CHECK(with([](Request& r) { r.params.width = 8; }) == HYWU_ERROR_INPUT);
     CHECK(with([](Request& r) { r.params.delta_strength = std::numeric_limits<double>::quiet_NaN(); }) ==
@@ -307,6 +308,24 @@ TEST_CASE("arguments of an edit") {
     CHECK(hywu_edit_into(editor.get(), &good.params, into.data(), into.size(), nullptr, nullptr) == HYWU_OK);
 }
 
+TEST_CASE("a caller whose header had no strength") {
+    const std::size_t former = offsetof(hywu_edit_params, strength);
+    hywu_edit_params params;
+    params.strength = 0.5;
+    REQUIRE(hywu_edit_params_init(&params, former) == HYWU_OK);
+    CHECK(params.struct_size == former);
+    CHECK(params.strength == 0.5);
+    REQUIRE(hywu_edit_params_init(&params, sizeof params) == HYWU_OK);
+    CHECK(params.strength == 0);
+    if (!have_backend()) return;
+    const EditorHandle editor = load();
+    hywu_limits limits = {};
+    limits.default_strength = 7;
+    limits.struct_size = offsetof(hywu_limits, default_strength);
+    REQUIRE(hywu_editor_limits(editor.get(), &limits) == HYWU_OK);
+    CHECK(limits.default_strength == 7);
+}
+
 TEST_CASE("limits, timings, memory") {
     if (!have_backend()) return;
     const EditorHandle editor = load();
@@ -321,6 +340,7 @@ TEST_CASE("limits, timings, memory") {
     CHECK(limits.sampler_count == 2);
     CHECK(limits.guidance_count == 1);
     CHECK(limits.default_steps == 3);
+    CHECK(limits.default_strength == 0);
     CHECK(std::string(hywu_editor_sampler(editor.get(), 1)) == "wild");
     CHECK(hywu_editor_sampler(editor.get(), 2) == nullptr);
     double scale = 0;

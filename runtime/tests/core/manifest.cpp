@@ -54,6 +54,8 @@ TEST_CASE("a manifest is read") {
     CHECK(m.stale("one") == std::nullopt);
     CHECK(m.guidance[0].satisfied(1.5));
     CHECK_FALSE(m.guidance[0].satisfied(1.0));
+    CHECK(is_guided(m.guidance));
+    CHECK_FALSE(is_guided({{"distilled", 3.5, {}, {}}}));
     const Call& call = m.program[0];
     CHECK(m.reads(call)[0] == std::pair<std::string, std::string>("ids", "ids.base"));
     CHECK(m.writes(call)[0] == std::pair<std::string, std::string>("hidden", "base.words"));

@@ -59,9 +59,20 @@ json dump(const core::Column& value) {
 }
 json dump(const core::Dim& value) { return value.symbolic() ? json(value.axis) : json(value.size); }
 json dump(const core::File& value) { return {{"size", value.size}, {"sha256", value.sha256}}; }
+json dump(const core::Term& value) {
+    return {{"of", value.of}, {"times", value.times}, {"divide", value.divide}};
+}
 json dump(const core::Axis& value) {
     return {{"min", dump(value.min)},       {"max", dump(value.max)}, {"multiple", value.multiple},
-            {"one_or", dump(value.one_or)}, {"of", dump(value.of)},   {"divide", dump(value.divide)}};
+            {"one_or", dump(value.one_or)}, {"of", dump(value.of)},   {"divide", dump(value.divide)},
+            {"sum", dump(value.sum)}};
+}
+json dump(const core::Resize& value) {
+    return {{"filter", value.filter == core::Filter::lanczos ? "lanczos" : "bicubic"},
+            {"multiple", value.multiple},
+            {"area", dump(value.area)},
+            {"min_area", dump(value.min_area)},
+            {"max_area", dump(value.max_area)}};
 }
 json dump(const core::ProvidedTensor& value) {
     return {{"dtype", dump(value.dtype)},
@@ -73,13 +84,20 @@ json dump(const core::ProvidedTensor& value) {
             {"of", dump(value.of)},
             {"draw", dump(value.draw)},
             {"column", dump(value.column)},
-            {"guidance", dump(value.guidance)}};
+            {"guidance", dump(value.guidance)},
+            {"index", dump(value.index)},
+            {"origin", dump(value.origin)},
+            {"resize", dump(value.resize)}};
 }
 json dump(const core::Value& value) {
     return {{"name", value.name}, {"dtype", dump(value.dtype)}, {"shape", dump(value.shape)}};
 }
 json dump(const core::Graph& value) {
-    return {{"file", value.file}, {"inputs", dump(value.inputs)}, {"outputs", dump(value.outputs)}};
+    return {{"file", value.file},
+            {"inputs", dump(value.inputs)},
+            {"outputs", dump(value.outputs)},
+            {"stage", value.stage},
+            {"stage_of", dump(value.stage_of)}};
 }
 json dump(const core::Implementation& value) {
     return {{"file", value.file}, {"class_name", value.class_name}};
@@ -90,7 +108,7 @@ json dump(const core::Call& value) {
             {"guided", dump(value.guided)}, {"implementation", dump(value.implementation)}};
 }
 json dump(const core::Results& value) {
-    return {{"image", dump(value.image)}, {"deltas", dump(value.deltas)}};
+    return {{"image", dump(value.image)}, {"deltas", dump(value.deltas)}, {"outputs", dump(value.outputs)}};
 }
 json dump(const core::State& value) {
     const auto* zeros = std::get_if<core::Zeros>(&value.initial);
@@ -100,13 +118,17 @@ json dump(const core::State& value) {
              zeros ? json{{"zeros", dump(zeros->zeros)}} : json(std::get<std::string>(value.initial))}};
 }
 json dump(const core::Sampler& value) {
-    return {{"class_name", value.class_name}, {"steps", value.steps}, {"stochastic", value.stochastic}};
+    return {{"class_name", value.class_name},
+            {"steps", value.steps},
+            {"stochastic", value.stochastic},
+            {"order", dump(value.order)}};
 }
 json dump(const core::Schedules& value) {
     return {{"file", value.file},
             {"default", value.default_sampler},
             {"default_steps", value.default_steps},
-            {"samplers", dump(value.samplers)}};
+            {"samplers", dump(value.samplers)},
+            {"strength", value.strength ? json{{"default", value.strength->default_strength}} : json()}};
 }
 json dump(const core::Guidance& value) {
     return {{"name", value.name},
@@ -115,11 +137,9 @@ json dump(const core::Guidance& value) {
             {"at_least", dump(value.at_least)}};
 }
 json dump(const core::ImagePolicy& value) {
-    return {{"tensor", value.tensor},
-            {"multiple", value.multiple},
-            {"min", value.min},
-            {"max", value.max},
-            {"default_area", value.default_area}};
+    return {{"tensor", value.tensor},  {"multiple", value.multiple},         {"min", value.min},
+            {"max", value.max},        {"default_area", value.default_area}, {"sizes", dump(value.sizes)},
+            {"enlarge", value.enlarge}};
 }
 json dump(const core::DeltaTarget& value) {
     return {{"module", value.module},
@@ -127,16 +147,18 @@ json dump(const core::DeltaTarget& value) {
             {"in_features", value.in_features},
             {"out_features", value.out_features},
             {"rank", value.rank},
-            {"kernel", value.kernel ? json(*value.kernel) : json()}};
+            {"kernel", value.kernel ? json(*value.kernel) : json()},
+            {"experts", dump(value.experts)}};
 }
 json dump(const core::DeltaSpec& value) {
     return {
         {"rank", value.rank}, {"gate", value.gate}, {"axis", value.axis}, {"targets", dump(value.targets)}};
 }
 json dump(const core::Tokenizer& value) {
-    return {{"file", value.file},         {"max_length", value.max_length},
-            {"pad_id", value.pad_id},     {"pad_side", dump(value.pad_side)},
-            {"truncate", value.truncate}, {"template", value.text_template}};
+    return {{"file", value.file},          {"max_length", value.max_length},
+            {"pad_id", value.pad_id},      {"pad_side", dump(value.pad_side)},
+            {"truncate", value.truncate},  {"template", value.text_template},
+            {"lowercase", value.lowercase}};
 }
 json dump(const core::SourceFile& value) {
     return {{"size", value.size}, {"header_sha256", value.header_sha256}};
@@ -252,6 +274,10 @@ core::DeltaSpec spec_of(const json& question) {
             target.kind = core::TargetKind::conv;
             target.kernel = entry.at("kernel").get<std::array<std::int64_t, 2>>();
         }
+        if (entry.contains("experts")) {
+            target.kind = core::TargetKind::experts;
+            target.experts = entry.at("experts").get<std::int64_t>();
+        }
         spec.rank = std::max(spec.rank, target.rank);
         spec.tensors.add(target.a_name(), target.a_shape());
         spec.tensors.add(target.b_name(), target.b_shape());
@@ -294,19 +320,29 @@ json schedule(const json& question) {
     core::Schedules section;
     section.default_sampler = question.at("default");
     section.default_steps = question.at("default_steps");
-    for (const json& name : question.at("samplers")) section.samplers.add(name.get<std::string>(), {});
+    for (const json& name : question.at("samplers")) {
+        core::Sampler sampler;
+        if (const auto orders = question.find("orders"); orders != question.end() && orders->contains(name))
+            sampler.order = orders->at(name.get<std::string>());
+        section.samplers.add(name.get<std::string>(), sampler);
+    }
+    std::optional<double> strength;
+    if (question.contains("default_strength"))
+        section.strength = core::Strength{question.at("default_strength")};
+    if (!question.value("strength", json()).is_null()) strength = question.at("strength");
     const core::Schedule schedule(path_of(question, "path"), section);
     std::optional<std::string> sampler;
     std::optional<std::int64_t> steps;
     if (!question.value("sampler", json()).is_null()) sampler = question.at("sampler");
     if (!question.value("steps", json()).is_null()) steps = question.at("steps");
-    const core::Rows rows = schedule.rows(sampler, steps);
+    const core::Rows rows = schedule.rows(sampler, steps, strength);
     return {{"sampler", rows.sampler},
             {"steps", rows.steps},
             {"width", rows.width},
             {"initial_scale", hex(&rows.initial_scale, 1)},
             {"timesteps", hex(rows.timesteps.data(), rows.timesteps.size())},
             {"coefficients", hex(rows.coefficients.data(), rows.coefficients.size())},
+            {"start", hex(rows.start.data(), rows.start.size())},
             {"accepted", schedule.accepted(rows.sampler)}};
 }
 

@@ -124,6 +124,16 @@ TEST_CASE("a template") {
           PromptEncoder(demo, entry(16)).encode({"a photo, sepia please", "a photo, {} please"}).ids);
 }
 
+TEST_CASE("texts in lower case") {
+    core::Tokenizer lower = entry(16);
+    lower.text_template = "A {}";
+    lower.lowercase = true;
+    core::Tokenizer as_it_is = lower;
+    as_it_is.lowercase = false;
+    CHECK(PromptEncoder(demo, lower).encode({" \tMake It SEPIA\u3000\n"}).ids ==
+          PromptEncoder(demo, as_it_is).encode({"make it sepia"}).ids);
+}
+
 TEST_CASE("texts that are none") {
     for (const std::string text : {"\xff", "a\xc3", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\xc0\x80"}) {
         CAPTURE(core::show(text));

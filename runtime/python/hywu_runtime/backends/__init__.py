@@ -85,8 +85,11 @@ class Backend(Protocol):
         """Whether a carried state stays in one buffer, into which each step's result is copied; otherwise the
         steps write two buffers in turn."""
 
-    def load(self, file: Path, weights: Mapping[str, Weight]) -> Session:
-        """Loads a graph, or a plan of it; ``weights`` are its linked initializers."""
+    def load(self, file: Path, weights: Mapping[str, Weight], stage: int = 0) -> Session:
+        """Loads a graph, or a plan of it; ``weights`` are its linked initializers.
+
+        A backend that can use several devices runs stage k on the k-th from its own on, if there is one.
+        """
 
     def allocate(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
         """A new buffer of zeros."""

@@ -213,8 +213,11 @@ class OnnxRuntime:
 
     def wait(self) -> None: ...
 
-    def load(self, file: Path, weights: Mapping[str, Weight]) -> OrtSession:
+    def load(self, file: Path, weights: Mapping[str, Weight], stage: int = 0) -> OrtSession:
         """See :class:`hywu_runtime.backends.Backend`.
+
+        Buffers are all on the backend's own device: ONNX Runtime copies what a session on another one reads
+        and makes.
 
         Raises:
             BundleError: the graph is damaged or does not suit ONNX Runtime.
@@ -229,7 +232,7 @@ class OnnxRuntime:
             options.inter_op_num_threads = 1
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._cuda is not None:
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self._cuda}))
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": stage_device(self._cuda, stage)}))
         values = {name: _external(weight) for name, weight in weights.items()}
         if values:
             options.add_external_initializers(list(values), [value for value, _ in values.values()])
@@ -248,6 +251,22 @@ class OnnxRuntime:
                 'Check `hywu doctor`, or use backend="ort-cpu"',
             )
         return OrtSession(session, file.name, (values, weights))
+
+
+def stage_device(device: int, stage: int) -> int:
+    """The GPU of a stage: ``device + stage`` where the machine has so many, otherwise ``device``.
+
+    How many there are is known where cuda-python is installed; without it one is used.
+    """
+    if stage == 0:
+        return device
+    try:
+        from hywu_runtime.backends import cuda
+
+        code, count = cuda.runtime().cudaGetDeviceCount()
+    except (ImportError, OSError, RuntimeError):
+        return device
+    return device + stage if not int(code) and device + stage < count else device
 
 
 def _external(weight: Weight) -> tuple[Any, npt.NDArray[Any]]:

@@ -90,7 +90,7 @@ class TensorRt:
         """See :class:`hywu_runtime.backends.Backend`. Raises DeviceError where there is no memory."""
         return cuda.CudaTensor(self.stream, shape, dtype)
 
-    def load(self, file: Path, weights: Mapping[str, Weight]) -> TensorRtSession:
+    def load(self, file: Path, weights: Mapping[str, Weight], stage: int = 0) -> TensorRtSession:
         """Loads a plan file; linked weights are inside it already.
 
         Raises:

@@ -20,6 +20,7 @@ struct CudaLibrary {
             missing = "the CUDA runtime cannot be opened (" + missing + ")";
             return;
         }
+        cuda.count_ = library->function<int(int*)>("cudaGetDeviceCount");
         cuda.set_device_ = library->function<int(int)>("cudaSetDevice");
         cuda.malloc_ = library->function<int(void**, std::size_t)>("cudaMalloc");
         cuda.free_ = library->function<int(void*)>("cudaFree");
@@ -27,8 +28,8 @@ struct CudaLibrary {
         cuda.set_ = library->function<int(void*, int, std::size_t)>("cudaMemset");
         cuda.synchronize_ = library->function<int()>("cudaDeviceSynchronize");
         cuda.error_text_ = library->function<const char*(int)>("cudaGetErrorString");
-        const bool whole = cuda.set_device_ && cuda.malloc_ && cuda.free_ && cuda.copy_ && cuda.set_ &&
-                           cuda.synchronize_ && cuda.error_text_;
+        const bool whole = cuda.count_ && cuda.set_device_ && cuda.malloc_ && cuda.free_ && cuda.copy_ &&
+                           cuda.set_ && cuda.synchronize_ && cuda.error_text_;
         if (!whole) missing = library->name() + " is not the CUDA runtime";
     }
 
@@ -59,6 +60,11 @@ void Cuda::check(int code, const char* what) const {
 
 namespace {
 constexpr int host_to_device = 1, device_to_host = 2;  // cudaMemcpyKind
+}
+
+int Cuda::devices() const noexcept {
+    int count = 0;
+    return count_(&count) == 0 ? count : 0;
 }
 
 void Cuda::use(int device) const { check(set_device_(device), "the device cannot be used"); }

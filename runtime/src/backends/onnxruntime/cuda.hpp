@@ -15,6 +15,8 @@ public:
     // Why it cannot be used, or nothing.
     static std::string missing();
 
+    // How many devices there are.
+    int devices() const noexcept;
     void use(int device) const;
     void* allocate(std::size_t bytes) const;
     void free(void* memory) const noexcept;
@@ -24,6 +26,7 @@ public:
 
 private:
     friend struct CudaLibrary;
+    int (*count_)(int*) = nullptr;
     int (*set_device_)(int) = nullptr;
     int (*malloc_)(void**, std::size_t) = nullptr;
     int (*free_)(void*) = nullptr;

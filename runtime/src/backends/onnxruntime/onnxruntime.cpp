@@ -356,6 +356,14 @@ public:
 
     std::shared_ptr<Session> load(const std::filesystem::path& file,
                                   const std::vector<core::Weight>& weights) override {
+        return load_stage(file, weights, 0);
+    }
+
+    // Buffers are all on the backend's own device: ONNX Runtime copies what a session on another one reads
+    // and makes.
+    std::shared_ptr<Session> load_stage(const std::filesystem::path& file,
+                                        const std::vector<core::Weight>& weights,
+                                        std::int64_t stage) override {
         const OrtApi& api = *runtime().api;
         const std::string label = file.filename().u8string();
         OrtSessionOptions* raw = nullptr;
@@ -367,7 +375,7 @@ public:
             check(api.SetIntraOpNumThreads(raw, *threads_), "the threads cannot be set");
             check(api.SetInterOpNumThreads(raw, 1), "the threads cannot be set");
         }
-        if (cuda_) add_cuda(raw);
+        if (cuda_) add_cuda(raw, stage_device(stage));
         std::vector<ort::ValueHandle> values;
         std::vector<const char*> names;
         std::vector<const OrtValue*> pointers;
@@ -394,13 +402,18 @@ public:
     }
 
 private:
-    void add_cuda(OrtSessionOptions* options) const {
+    int stage_device(std::int64_t stage) const {
+        const std::int64_t other = *cuda_ + stage;
+        return stage != 0 && other < ort::Cuda::instance().devices() ? static_cast<int>(other) : *cuda_;
+    }
+
+    void add_cuda(OrtSessionOptions* options, int device) const {
         const OrtApi& api = *runtime().api;
         const auto refused = [&](OrtStatus* status) {
             if (const auto message = ort::failure(status)) {
                 throw Error(
                     ErrorKind::device,
-                    "CUDA device " + std::to_string(*cuda_) + " cannot be used by ONNX Runtime: " + *message,
+                    "CUDA device " + std::to_string(device) + " cannot be used by ONNX Runtime: " + *message,
                     "Expected a GPU with its driver, CUDA and cuDNN",
                     "Check `hywu doctor`, or use backend=\"ort-cpu\"");
             }
@@ -409,7 +422,7 @@ private:
         refused(api.CreateCUDAProviderOptions(&raw));
         const ort::CudaOptions cuda(raw);
         const char* const key = "device_id";
-        const std::string number = std::to_string(*cuda_);
+        const std::string number = std::to_string(device);
         const char* const value = number.c_str();
         refused(api.UpdateCUDAProviderOptions(raw, &key, &value, 1));
         refused(api.SessionOptionsAppendExecutionProvider_CUDA_V2(options, raw));
