@@ -203,12 +203,12 @@ class _MergedBranch(_LinearBranch):
     def _add(self, output: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None) -> Tensor:
         module = self._module
         assert isinstance(module, nn.Linear)
-        delta = b @ a  # [D, out, in]
+        delta = a.transpose(1, 2) @ b.transpose(1, 2)  # [D, in, out], as the product reads it
         if gate is not None:
             delta = delta * gate.reshape(-1, 1, 1)
-        weight = module.weight.to(x.dtype) + delta
+        weight = module.weight.to(x.dtype).T + delta
         tokens = x.unsqueeze(2) if x.ndim == 3 else x.flatten(2, -2)
-        made = (tokens @ weight.transpose(1, 2)).reshape(output.shape)
+        made = (tokens @ weight).reshape(output.shape)
         return made if module.bias is None else made + module.bias.to(x.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -80,7 +80,7 @@ class DeltaTarget:
     rank: int
     kernel: tuple[int, int] = (1, 1)
     experts: int | None = None
-    merged: bool = False
+    merged: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "conv", "experts"):

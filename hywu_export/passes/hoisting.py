@@ -91,7 +91,7 @@ def hoist(
         nothing is worth moving.
     """
     graph = model.graph
-    _measure_elsewhere(graph, varying)
+    _measure_elsewhere(graph, varying)  # the size of latents does not vary
     changing = _downstream(graph, varying)
     known = [_infer(model, sizes) for sizes in probes]
     candidates = []
@@ -110,15 +110,17 @@ def hoist(
     for value, moved in chosen:
         _read_instead(graph, value, moved)
     RemoveUnusedNodesPass()(model)
+    read = {v for v in graph.inputs if any(user.op_type != "Shape" for user in v.consumers())}
+    _measure_elsewhere(graph, [str(v.name) for v in graph.inputs if v not in read])
     for value in [v for v in used if not v.uses()]:
         graph.inputs.remove(value)
     return made, [moved for _, moved in chosen]
 
 
-def _measure_elsewhere(graph: ir.Graph, varying: Collection[str]) -> None:
-    """Takes sizes from inputs that stay, where one has the same axes: the size of latents does not vary."""
-    staying = [value for value in graph.inputs if value.name not in varying and value.shape is not None]
-    for value in [v for v in graph.inputs if v.name in varying and v.shape is not None]:
+def _measure_elsewhere(graph: ir.Graph, avoided: Collection[str]) -> None:
+    """Takes sizes from other inputs than the ``avoided``, where one has the same axes."""
+    staying = [value for value in graph.inputs if value.name not in avoided and value.shape is not None]
+    for value in [v for v in graph.inputs if v.name in avoided and v.shape is not None]:
         assert value.shape is not None
         for node in [n for n in value.consumers() if n.op_type == "Shape"]:
             ends = node.attributes.get("start"), node.attributes.get("end")
@@ -176,10 +178,7 @@ def _weigh(
     size = math.prod(found[0]) * int(dtype.itemsize)
     if shape is None:
         return None
-    factored = len(shape) > len(found[0])
-    if factored and not all(isinstance(d, int) for d in shape[2:]):
-        return None
-    return Moved(f"{prefix}{name}", shape, dtype, factored, flops, size)
+    return Moved(f"{prefix}{name}", shape, dtype, len(shape) > len(found[0]), flops, size)
 
 
 def _name_dimensions(
@@ -256,7 +255,7 @@ def _split_off(model: ir.Model, chosen: Sequence[tuple[ir.Value, Moved]]) -> ir.
     for position, (_, moved) in enumerate(chosen):
         output = graph.outputs[position]
         if moved.factored:
-            output = _reshape(graph, output, (moved.shape[0], -1, *moved.shape[2:]))
+            output = _part_rows(graph, output, moved)
             graph.outputs[position] = output
         output.name = moved.name
         output.type, output.shape = ir.TensorType(moved.dtype), ir.Shape(list(moved.shape))
@@ -284,22 +283,33 @@ def _read_instead(graph: ir.Graph, value: ir.Value, moved: Moved) -> None:
     graph.inputs.append(given)
     stand_in = given
     if moved.factored:
-        stand_in = _reshape(graph, given, (-1, *moved.shape[2:]), first=True)
-        stand_in.name = f"{value.name}/given"
+        stand_in = _join_rows(graph, given, value.name or "", moved)
     value.replace_all_uses_with(stand_in)
 
 
-def _reshape(graph: ir.Graph, value: ir.Value, shape: Sequence[Dimension], first: bool = False) -> ir.Value:
-    sizes = np.array(shape, np.int64)
-    name = f"{value.name}/shape"
-    constant = ir.Value(name=name, const_value=ir.tensor(sizes, name=name))
-    constant.type, constant.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(sizes.shape)
+def _part_rows(graph: ir.Graph, value: ir.Value, moved: Moved) -> ir.Value:
+    """``[rows * n, ...]`` as ``[rows, n, ...]``, at the end of ``graph``."""
+    name, rest = value.name, [0] * (len(moved.shape) - 2)  # 0 keeps a size
+    padded = _node(graph, "Unsqueeze", value, [0], f"{name}/rows")
+    parted = _node(graph, "Reshape", padded.outputs[0], [int(moved.shape[0]), -1, *rest], f"{name}/parted")
+    graph.extend([padded, parted])
+    return parted.outputs[0]
+
+
+def _join_rows(graph: ir.Graph, value: ir.Value, name: str, moved: Moved) -> ir.Value:
+    """``[rows, n, ...]`` as ``[rows * n, ...]``, at the start of ``graph``."""
+    rest = [0] * (len(moved.shape) - 2)
+    joined = _node(graph, "Reshape", value, [1, -1, *rest], f"{name}/joined")
+    bare = _node(graph, "Squeeze", joined.outputs[0], [0], f"{name}/given")
+    graph.insert_before(graph[0], [joined, bare])
+    return bare.outputs[0]
+
+
+def _node(graph: ir.Graph, kind: str, value: ir.Value, sizes: Sequence[int], name: str) -> ir.Node:
+    tensor = ir.tensor(np.array(sizes, np.int64), name=f"{name}/sizes")
+    constant = ir.Value(name=tensor.name, const_value=tensor)
+    constant.type, constant.shape = ir.TensorType(tensor.dtype), ir.Shape([len(sizes)])
     graph.register_initializer(constant)
-    node = ir.node("Reshape", [value, constant], name=f"{value.name}/reshape")
-    node.outputs[0].type = value.type
-    node.outputs[0].name = f"{value.name}/reshaped"
-    if first:
-        graph.insert_before(graph[0], node)
-    else:
-        graph.append(node)
-    return node.outputs[0]
+    node = ir.node(kind, [value, constant], name=name)
+    node.outputs[0].name, node.outputs[0].type = name, value.type
+    return node

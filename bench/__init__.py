@@ -1,0 +1,1 @@
+"""The project's runtime beside other ways to change LoRA weights per request: ``python -m bench``."""
