@@ -119,10 +119,10 @@ def _show(peer: str, result: dict[str, Any]) -> None:
         line += f"{milliseconds(value) if value is not None else '-':>{width}}"
         line += f"{f'{ratio:.2f}' if ratio is not None else '-':>{9 if key == 'change' else 8}}"
     print(f"{line}{result['peak_bytes'] / 1e9:>6.2f}GB", flush=True)
-    mine = result["reference_medians"]
+    mine = {key: milliseconds(value) for key, value in result["reference_medians"].items()}
     print(
-        f"{'  ' + result['reference']:16}{milliseconds(mine['steady']):>9}{'':8}{milliseconds(mine['edit']):>9}"
-        f"{'':8}{milliseconds(mine['change']):>10}{'':9}{result['reference_peak_bytes'] / 1e9:>6.2f}GB",
+        f"  {result['reference']:14}{mine['steady']:>9}{'':8}{mine['edit']:>9}{'':8}{mine['change']:>10}{'':9}"
+        f"{result['reference_peak_bytes'] / 1e9:>6.2f}GB",
         flush=True,
     )
 

@@ -1,14 +1,14 @@
-"""The ways to run an edit whose LoRA changes from request to request. Each is one class with two methods.
+"""The ways to run an edit whose LoRA changes from request to request.
 
-``edit(number)`` brings in the LoRA ``number``, if another one is in, and edits the subject's photo; ``picture``
-is what the last edit made. Times are what the peer's own clock says, in seconds:
+``edit(number)`` brings in the LoRA ``number``, if another one is in, and edits the subject's photo;
+``picture`` is what the last edit made. Times are what the peer's own clock says, in seconds:
 
     swap          what bringing in the LoRA took, before the first step
     first, steady the first step, and the median of the others
     edit          the whole call, without the swap
 
-A peer without pictures has ``swap``, ``first`` and ``steady`` alone. All make the same steps of the same model,
-in float32, on the same number of threads.
+A peer without pictures has ``swap``, ``first`` and ``steady`` alone. All make the same steps of the same
+model, in float32, on the same number of threads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Ours:
     def __init__(self, subject: Subject, mode: str = "low-rank", batch: int = 1, sets: int = 1):
         from hywu_runtime import Deltas, Editor
 
-        self.subject, self.batch, self.picture = subject, batch, None
+        self.subject, self.batch = subject, batch
+        self.picture: npt.NDArray[np.uint8] | None = None
         self.editor = Editor.load(
             subject.bundles[mode], "ort-cpu", threads=subject.threads, sources={"base": str(subject.base)}
         )
@@ -58,7 +59,7 @@ class Ours:
             image_guidance=IMAGE_GUIDANCE, sampler="euler", seed=0, output="array",
         )  # fmt: skip
         whole = time.perf_counter() - start
-        self.picture = pictures[0]
+        self.picture = np.asarray(pictures[0])
         timings = self.editor.timings
         prepare = sum(t for name, t in timings.graphs.items() if name.startswith("prepare_"))
         return {
@@ -198,7 +199,7 @@ class OrtAdapter:
 
 
 class NewSession:
-    """Merge the LoRA into the weights, and make a session of the plain graph with them: what a rebuild costs."""
+    """Merge the LoRA into the weights, and make a session of the plain graph with them: a rebuild."""
 
     picture = None
 
@@ -208,7 +209,8 @@ class NewSession:
         from hywu_export.benchmark.plain import without_deltas
         from hywu_runtime import Bundle
 
-        self.subject, self.loaded = subject, None
+        self.subject = subject
+        self.loaded: int | None = None
         self.bundle = Bundle.open(subject.bundles["low-rank"], sources={"base": str(subject.base)})
         file = self.bundle.graph_file("step")
         plain = without_deltas(onnx.load(self.bundle.file(file), load_external_data=False))

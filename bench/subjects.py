@@ -71,7 +71,7 @@ class Subject:
 def make(name: str, out: Path, side: int | None, steps: int | None, threads: int) -> Subject:
     """The subject called ``name``, made in ``out`` if it is not there.
 
-    ``demo`` is the trained pair of this project, its base with LoRA targets; ``860m`` has the configuration of
+    ``demo`` is the trained base of this project with LoRA targets; ``860m`` has the configuration of
     timbrooks/instruct-pix2pix and random weights.
     """
     base = ROOT / "demo" / "base" if name == "demo" else out / "860m" / "base"
