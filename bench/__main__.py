@@ -121,7 +121,7 @@ def _show(peer: str, result: dict[str, Any]) -> None:
     print(f"{line}{result['peak_bytes'] / 1e9:>6.2f}GB", flush=True)
     mine = {key: milliseconds(value) for key, value in result["reference_medians"].items()}
     print(
-        f"  {result['reference']:14}{mine['steady']:>9}{'':8}{mine['edit']:>9}{'':8}{mine['change']:>10}{'':9}"
+        f"  {result['reference']:14}{mine['steady']:>9}{mine['edit']:>17}{mine['change']:>18}{'':9}"
         f"{result['reference_peak_bytes'] / 1e9:>6.2f}GB",
         flush=True,
     )
