@@ -1,6 +1,6 @@
 """Runs the peers in pairs with this project's low-rank edits, in turn, and reports ratios pair by pair.
 
-    python -m bench [--subject demo] [--subject 860m] [--rounds 5] [--peer NAME ...] [--json FILE]
+    python -m bench [--subject demo] [--subject 860m] [--subject generator] [--rounds 5] [--peer NAME ...] [--json FILE]
 
 Each round, both edit with a LoRA that the last round did not have. First what both make is compared: times of
 different pictures are not compared. The models are made in ``out/bench`` (860m: 4.3 GB).
@@ -20,8 +20,9 @@ from typing import Any
 import click
 import numpy as np
 
-from bench.peers import PEERS
-from bench.subjects import ROOT, Subject, make
+from bench.generators import make_generator
+from bench.peers import GENERATORS, PEERS
+from bench.subjects import ROOT, make
 from bench.workers import Worker
 from hywu_export.benchmark.plots import milliseconds
 
@@ -30,7 +31,9 @@ REFERENCE = "low-rank"
 
 
 @click.command(help=__doc__)
-@click.option("--subject", "names", multiple=True, type=click.Choice(["demo", "860m"]), default=["demo"])
+@click.option(
+    "--subject", "names", multiple=True, type=click.Choice(["demo", "860m", "generator"]), default=["demo"]
+)
 @click.option("--peer", "peers", multiple=True, type=click.Choice([p for p in PEERS if p != REFERENCE]))
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--side", type=int, help="Of the picture, in pixels (demo: 128, 860m: 256).")
@@ -50,6 +53,9 @@ def main(
 ) -> None:
     found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": _machine(), "threads": threads}
     for name in names:
+        if name == "generator":
+            found[name] = _generator(out / name, rounds, threads)
+            continue
         subject = make(name, out, side, steps, threads)
         print(f"\n{name}: {subject.side}x{subject.side}, {subject.steps} steps, {threads} threads\n")
         found[name] = {"side": subject.side, "steps": subject.steps, "peers": {}}
@@ -59,11 +65,21 @@ def main(
             result = compare(subject, reference, peer, rounds)
             found[name]["peers"][peer] = result
             _show(peer, result)
-        if file is not None:
-            file.write_text(json.dumps(found, indent=1) + "\n")
+    if file is not None:
+        file.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def compare(subject: Subject, reference: str, peer: str, rounds: int) -> dict[str, Any]:
+def _generator(out: Path, rounds: int, threads: int) -> dict[str, Any]:
+    subject = make_generator(out, threads)
+    print(f"\ngenerator: {threads} threads\n")
+    peers = {}
+    for peer in [p for p in GENERATORS if p != "generator"]:
+        peers[peer] = compare(subject, "generator", peer, rounds)
+        _show(peer, peers[peer])
+    return {"peers": peers}
+
+
+def compare(subject: Any, reference: str, peer: str, rounds: int) -> dict[str, Any]:
     """Times of both in every round, the medians, and the ratios of the peer's over the reference's."""
     with Worker(reference, subject) as ours, Worker(peer, subject) as other:
         for worker in (ours, other):
@@ -99,6 +115,8 @@ def compare(subject: Subject, reference: str, peer: str, rounds: int) -> dict[st
 
 def _with_change(times: dict[str, float]) -> dict[str, float]:
     """``change``: the cost of new deltas, swap + first step - steady step; at least the swap."""
+    if "swap" not in times:
+        return times
     return times | {"change": times["swap"] + max(0.0, times["first"] - times["steady"])}
 
 
@@ -119,7 +137,8 @@ def _show(peer: str, result: dict[str, Any]) -> None:
         line += f"{milliseconds(value) if value is not None else '-':>{width}}"
         line += f"{f'{ratio:.2f}' if ratio is not None else '-':>{9 if key == 'change' else 8}}"
     print(f"{line}{result['peak_bytes'] / 1e9:>6.2f}GB", flush=True)
-    mine = {key: milliseconds(value) for key, value in result["reference_medians"].items()}
+    mine = dict.fromkeys(("steady", "edit", "change"), "")
+    mine |= {key: milliseconds(value) for key, value in result["reference_medians"].items()}
     print(
         f"  {result['reference']:14}{mine['steady']:>9}{mine['edit']:>17}{mine['change']:>18}{'':9}"
         f"{result['reference_peak_bytes'] / 1e9:>6.2f}GB",

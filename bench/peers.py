@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from bench.generators import Eager, Exported
 from bench.subjects import PROMPT, Subject
 
 GUIDANCE, IMAGE_GUIDANCE = 7.5, 1.5
@@ -289,4 +290,9 @@ PEERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "new-session": (NewSession, {}),
     "batch-one-set": (Ours, {"batch": 4}),
     "batch-four-sets": (Ours, {"batch": 4, "sets": 4}),
+}
+GENERATORS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "generator": (Exported, {}),
+    "generator-eager": (Eager, {}),
+    "generator-plain": (Exported, {"plain": True}),
 }

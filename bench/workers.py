@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.subjects import Subject
-
 
 class Worker:
-    """One peer at work on a subject."""
+    """One peer of `bench.peers` at work on its subject."""
 
-    def __init__(self, peer: str, subject: Subject):
+    def __init__(self, peer: str, subject: Any):
         context = multiprocessing.get_context("spawn")  # no thread pool of ours in the child
         self.peer = peer
         self._pipe, theirs = context.Pipe()
@@ -60,10 +58,10 @@ class Worker:
         return answer
 
 
-def _serve(pipe: Connection, name: str, subject: Subject) -> None:
+def _serve(pipe: Connection, name: str, subject: Any) -> None:
     import time
 
-    from bench.peers import PEERS
+    from bench.peers import GENERATORS, PEERS
 
     peer: Any = None
     while True:
@@ -72,7 +70,7 @@ def _serve(pipe: Connection, name: str, subject: Subject) -> None:
             answer: Any = None
             if question == "load":
                 start = time.perf_counter()
-                kind, options = PEERS[name]
+                kind, options = (PEERS | GENERATORS)[name]
                 peer = kind(subject, **options)
                 answer = time.perf_counter() - start
             elif question == "edit":
