@@ -1,6 +1,6 @@
 """Runs the peers in pairs with this project's low-rank edits, in turn, and reports ratios pair by pair.
 
-    python -m bench [--subject demo] [--subject 860m] [--subject generator] [--rounds 5] [--peer NAME ...] [--json FILE]
+    python -m bench --subject demo --subject 860m --subject generator [--rounds 5] [--peer NAME] [--json FILE]
 
 Each round, both edit with a LoRA that the last round did not have. First what both make is compared: times of
 different pictures are not compared. The models are made in ``out/bench`` (860m: 4.3 GB).

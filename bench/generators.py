@@ -74,7 +74,7 @@ class Exported:
 
     def edit(self, number: int) -> dict[str, float]:
         start = time.perf_counter()
-        self.made = self.editor.generate(inputs={"condition": self.conditions[number]})
+        self.editor.generate(inputs={"condition": self.conditions[number]})
         return {"edit": time.perf_counter() - start}
 
 
@@ -95,5 +95,5 @@ class Eager:
     def edit(self, number: int) -> dict[str, float]:
         start = time.perf_counter()
         with self.torch.no_grad():
-            self.made = self.module.deltas(self.conditions[number])
+            self.module.deltas(self.conditions[number])
         return {"edit": time.perf_counter() - start}
