@@ -17,6 +17,7 @@ from hywu_export.benchmark.meters import Nvml, energy_meters, peak_memory, resid
 from hywu_export.benchmark.plain import step_overhead
 from hywu_export.benchmark.stages import STAGES, stages_of
 from hywu_export.benchmark.statistics import curve, stable, summary
+from hywu_export.invariants import PREFIX
 from hywu_runtime import Deltas, Editor, __version__
 from hywu_runtime.errors import HywuError, InputError, UnsupportedError
 from hywu_runtime.images import Size, load_photo, parse_size
@@ -339,9 +340,14 @@ def _overhead(subject: _Subject, seconds: float) -> dict[str, Any]:
 
 
 def _step_graph(manifest: Manifest, guided: bool) -> str | None:
+    """The graph of the steps that reads deltas, or weights that have taken them in."""
     deltas = set(manifest.deltas.tensors) if manifest.deltas is not None else set()
     for call in manifest.program:
-        if call.phase == "step" and call.runs(guided) and deltas & set(manifest.reads(call).values()):
+        if call.phase != "step" or not call.runs(guided):
+            continue
+        made = manifest.graphs.get(PREFIX + call.graph)
+        before = {value.name for value in made.inputs} if made is not None else set()
+        if deltas & (set(manifest.reads(call).values()) | before):
             return call.graph
     return None
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hywu_export.invariants import PREFIX
 from hywu_runtime.backends import Backend, Binding
 from hywu_runtime.bundle import Bundle, Weight
 from hywu_runtime.errors import UnsupportedError
@@ -68,6 +69,53 @@ def without_deltas(model: onnx.ModelProto) -> onnx.ModelProto:
     return plain
 
 
+def with_constants(model: onnx.ModelProto, maker: onnx.ModelProto) -> onnx.ModelProto:
+    """``model`` with what ``maker`` makes of nothing but weights computed inside: weights without deltas."""
+    import onnx
+
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    graph, makers = whole.graph, {name: node for node in maker.graph.node for name in node.output}
+    weights = {initializer.name: initializer for initializer in maker.graph.initializer}
+    present = {initializer.name for initializer in graph.initializer}
+    present |= {name for node in graph.node for name in node.output}
+    first: list[onnx.NodeProto] = []
+    for i in reversed(range(len(graph.input))):
+        nodes = _constant(graph.input[i].name, makers, weights)
+        if nodes is None:
+            continue
+        del graph.input[i]
+        for node in nodes:
+            for name in node.input:
+                if name in weights and name not in present:
+                    graph.initializer.append(weights[name])
+                    present.add(name)
+            if not present & set(node.output):
+                first.append(node)
+                present |= set(node.output)
+    kept = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*first, *kept])
+    return whole
+
+
+def _constant(
+    name: str, makers: Mapping[str, onnx.NodeProto], weights: Mapping[str, Any]
+) -> list[onnx.NodeProto] | None:
+    """The nodes that make ``name`` of weights alone, makers first; None if it needs more."""
+    if name in weights:
+        return []
+    if name not in makers:
+        return None
+    found: list[onnx.NodeProto] = []
+    for other in makers[name].input:
+        nodes = _constant(other, makers, weights) if other else []
+        if nodes is None:
+            return None
+        found += nodes
+    return [*found, makers[name]]
+
+
 def _sums(name: str, readers: Mapping[str, list[onnx.NodeProto]]) -> dict[str, str]:
     """The sums in which the branch of the B ``name`` ends, with the other operand."""
     sums: dict[str, str] = {}
@@ -79,7 +127,9 @@ def _sums(name: str, readers: Mapping[str, list[onnx.NodeProto]]) -> dict[str, s
                 sums[node.output[0]] = node.input[1] if node.input[0] == current else node.input[0]
             elif node.op_type in _PRODUCTS and not product:
                 waiting.append((node.output[0], True))
-            elif node.op_type in _THROUGH and node.input[0] == current:
+            elif (node.op_type in _THROUGH and node.input[0] == current) or (
+                node.op_type == "Mul" and product  # the gate of a merged delta
+            ):
                 waiting.append((node.output[0], product))
     return sums
 
@@ -104,6 +154,8 @@ def step_overhead(
 ) -> tuple[list[float], list[float]]:
     """Times of a graph, and of the same without deltas, in pairs: one after the other, in turn first.
 
+    What merged weights are without deltas are the base's, constants of the graph as in any other.
+
     Inputs are random numbers of the shapes that ``axes`` give.
 
     Raises:
@@ -121,6 +173,12 @@ def step_overhead(
     model = onnx.load(path, load_external_data=False)
     plain = without_deltas(model)
     weights = {**_mapped(model, path), **bundle.initializers(file)}
+    maker = f"{PREFIX}{graph}"
+    if maker in bundle.manifest.graphs:
+        other = bundle.graph_file(maker, variant)
+        made = onnx.load(bundle.file(other), load_external_data=False)
+        plain = with_constants(plain, without_deltas(made))
+        weights = {**_mapped(made, bundle.file(other)), **bundle.initializers(other), **weights}
     names = {initializer.name for initializer in plain.graph.initializer}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / path.name

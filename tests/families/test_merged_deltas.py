@@ -87,6 +87,42 @@ def test_one_set_for_the_batch_then_another(editor: Editor, folder: Path) -> Non
     assert largest(edit(editor, first, 0.0), plain) <= 1
 
 
+def test_the_step_without_deltas_is_that_at_strength_0(editor: Editor, tmp_path: Path) -> None:
+    """What ``hywu bench`` compares a step with: the base's own weights, as constants."""
+    import onnx
+
+    from hywu_export.benchmark.plain import _mapped, with_constants, without_deltas
+    from hywu_runtime.backends.onnxruntime import OnnxRuntime
+
+    bundle = editor.bundle
+    paths = {name: bundle.file(bundle.graph_file(name)) for name in ("prepare_step", "step")}
+    models = {name: onnx.load(path, load_external_data=False) for name, path in paths.items()}
+    plain = with_constants(*(without_deltas(models[name]) for name in ("step", "prepare_step")))
+    backend = OnnxRuntime("ort-cpu", 0, None)
+    sizes = {"batch": 1, "delta_batch": 1, "latent_height": 4, "latent_width": 4}
+    rng = np.random.default_rng(0)
+    feeds: dict[str, Any] = {}
+    for name in models:
+        for value in bundle.manifest.graphs[name].inputs:
+            shape = [sizes[d] if isinstance(d, str) else d for d in value.shape]
+            feeds.setdefault(value.name, np.asarray(0.1 * rng.standard_normal(shape), value.dtype))
+    feeds["gate"] = np.zeros(1, np.float32)
+    graphs = bundle.manifest.graphs
+    for name, path in paths.items():
+        inputs = {value.name: feeds[value.name] for value in graphs[name].inputs}
+        feeds |= backend.load(path, bundle.initializers(bundle.graph_file(name))).run(inputs)
+    file = tmp_path / "plain.onnx"
+    file.write_bytes(plain.SerializeToString())
+    used = {initializer.name for initializer in plain.graph.initializer}
+    weights = {n: w for name in models for n, w in _mapped(models[name], paths[name]).items() if n in used}
+    read = [value.name for value in plain.graph.input]
+    assert not any("/Add" in name for name in read)  # the merged weights
+    assert len(read) < len(graphs["step"].inputs)
+    made = backend.load(file, weights).run({name: feeds[name] for name in read})
+    for name, value in made.items():
+        np.testing.assert_allclose(value, feeds[name], rtol=1e-4, atol=1e-5)
+
+
 def test_merging_in_every_step_is_refused() -> None:
     with pytest.raises(InputError, match="Merging pays where it is done once per request"):
         ExportOptions(deltas="merged", hoist=False)
