@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from hywu_runtime.manifest import Call
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from hywu_export.families.base import Plan
-    from hywu_export.tracing import Axis, TracedGraph
+    from hywu_export.tracing import Axis, TensorSpec, TracedGraph
 
 PREFIX = "prepare_"
 """``prepare_<graph>`` makes what ``<graph>`` reads unchanged in every step."""
@@ -24,15 +26,14 @@ _MOST_UNITS = 17
 
 
 def split(traced: TracedGraph, plan: Plan, merged: bool = False) -> list[TracedGraph]:
-    """``traced`` and, before it, the graph that takes over its work of once per request, if there is any.
+    """The graph without its work of once per request and, before it, the graph that takes this over.
 
-    Where deltas are ``merged`` into weights, whatever takes a product moves.
-
-    ``traced`` loses that work, in place, and ``plan`` gets a call of the new graph at the end of its request
-    phase. Graphs that no step calls, or several calls share, stay as they are.
+    Where deltas are ``merged`` into weights, whatever takes a product moves. ``plan`` gets a call of the new
+    graph at the end of its request phase. What no step calls, several calls share, or has no such work, is
+    returned as it is.
     """
     from hywu_export.passes.hoisting import ANY_PRODUCT, USEFUL, hoist
-    from hywu_export.tracing import TensorSpec, TracedGraph
+    from hywu_export.tracing import TensorSpec
 
     calls = [call for call in plan.program if call.graph == traced.name]
     if len(calls) != 1 or calls[0].phase != "step":
@@ -41,30 +42,27 @@ def split(traced: TracedGraph, plan: Plan, merged: bool = False) -> list[TracedG
     changing = _changing(plan)
     varying = [t.name for t in traced.inputs if call.inputs.get(t.name, t.name) in changing]
     limits = ANY_PRODUCT if merged else USEFUL
-    result = hoist(traced.model, varying, _probes(plan.axes), f"{traced.name}/", limits)
+    left = traced.model.clone()
+    result = hoist(left, varying, _probes(plan.axes), f"{traced.name}/", limits)
     if result is None:
         return [traced]
     model, moved = result
     outputs = tuple(TensorSpec(m.name, str(m.dtype.numpy()), m.shape) for m in moved)
     specs = {tensor.name: tensor for tensor in (*traced.inputs, *outputs)}
-    made = TracedGraph(
-        PREFIX + traced.name,
-        model,
-        {name: traced.initializers[name] for name in model.graph.initializers if name in traced.initializers},
-        tuple(specs[str(value.name)] for value in model.graph.inputs),
-        outputs,
-        traced.aliases,
-    )
-    traced.inputs = tuple(specs[str(value.name)] for value in traced.model.graph.inputs)
-    left = traced.model.graph.initializers
-    traced.initializers = {name: p for name, p in traced.initializers.items() if name in left}
+
+    def part(name: str, model: ir.Model, outputs: tuple[TensorSpec, ...]) -> TracedGraph:
+        weights = {n: p for n, p in traced.initializers.items() if n in model.graph.initializers}
+        inputs = tuple(specs[str(value.name)] for value in model.graph.inputs)
+        return replace(traced, name=name, model=model, initializers=weights, inputs=inputs, outputs=outputs)
+
+    made, rest = part(PREFIX + traced.name, model, outputs), part(traced.name, left, traced.outputs)
     at = next(i for i, other in enumerate(plan.program) if other.phase == "step")
     inputs = {name: tensor for name, tensor in call.inputs.items() if name in {t.name for t in made.inputs}}
     plan.program.insert(at, Call(made.name, "request", inputs, guided=call.guided))
     place = plan.program.index(call)
-    kept = {name: tensor for name, tensor in call.inputs.items() if name in {t.name for t in traced.inputs}}
+    kept = {name: tensor for name, tensor in call.inputs.items() if name in {t.name for t in rest.inputs}}
     plan.program[place] = replace(call, inputs=kept)
-    return [made, traced]
+    return [made, rest]
 
 
 def _changing(plan: Plan) -> set[str]:

@@ -13,7 +13,8 @@ from hywu_export.passes import lint
 from hywu_export.tracing import Axis, TensorSpec
 from hywu_runtime import Manifest
 
-BASE = ["text_encoder", "image_encoder", "prepare", "step", "step_unguided", "image_decoder"]
+STEPS = ["prepare_step", "prepare_step_unguided", "step", "step_unguided"]
+BASE = ["text_encoder", "image_encoder", "prepare", *STEPS, "image_decoder"]
 GRAPHS = {
     "bundle": [*BASE, "condition", "generator"],
     "lora_bundle": BASE,

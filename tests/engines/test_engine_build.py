@@ -415,7 +415,7 @@ def test_every_graph_of_a_whole_bundle(bundle: Path, tmp_path: Path, variant: st
     for graph in report["graphs"].values():
         assert set(graph.get("products", {})) <= {variant or "fp32"}
     assert report["graphs"].keys() == Bundle.open(copy).manifest.graphs.keys()
-    for graph in ("step", "step_unguided"):
+    for graph in ("prepare_step", "prepare_step_unguided", "step", "step_unguided"):
         deltas = report["graphs"][graph]["deltas"]
         assert deltas["targets"] == len(deltas["branches"]) > 0
         assert all("a" in branch and "b" in branch for branch in deltas["branches"])
