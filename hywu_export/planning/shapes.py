@@ -105,7 +105,7 @@ class _Inference:
         from onnx import TensorProto, helper
 
         self.types[name] = helper.make_tensor_type_proto(dtype, shape)
-        self.found.tensors[name] = Tensor(shape, _NAMES.get(dtype) or TensorProto.DataType.Name(dtype).lower())
+        self.found.tensors[name] = Tensor(shape, DTYPES.get(dtype) or TensorProto.DataType.Name(dtype).lower())
 
     def _node(self, node: onnx.NodeProto) -> None:
         read = [name for name in node.input if name]
@@ -176,7 +176,7 @@ class _Inference:
         )
 
 
-_NAMES = {
+DTYPES = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
     10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16", 17: "float8_e4m3fn",
     19: "float8_e5m2", 21: "uint4", 22: "int4",
