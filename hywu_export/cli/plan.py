@@ -172,6 +172,10 @@ def _memory(result: Mapping[str, Any]) -> str:
         for part in parts
     ]
     lines.append(table(rows))
+    saved = memory["activations"] - memory["activations_fused"]
+    if saved > 0.05 * memory["activations"]:
+        fused = _bytes(memory["activations_fused"])
+        lines.append(f"  Where attention is fused, activations take {fused} (nothing is, in what is shown).")
     if result["cuts"]:
         header = ("stage", "graphs", "weights".rjust(9), "activations".rjust(11))
         rows = [

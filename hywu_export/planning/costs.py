@@ -138,6 +138,11 @@ def costs(model: onnx.ModelProto, shapes: Shapes, where: str = "the graph") -> l
     return _Costs(model, shapes, where).all()
 
 
+def scores_of(model: onnx.ModelProto, shapes: Shapes) -> frozenset[str]:
+    """The tensors that a fused attention never writes: scores and their softmax."""
+    return frozenset(_Costs(model, shapes, "").scores)
+
+
 def as_if(nodes: Collection[Node], model: onnx.ModelProto, shapes: Shapes, precision: str) -> list[Node]:
     """What the nodes of an FP32 graph would cost in a variant that has not been made.
 
@@ -333,15 +338,17 @@ def _rows(node: onnx.NodeProto, result: Tensor) -> int:
     return result.elements // result.shape[axis] if len(result.shape) > 1 and result.elements else 1
 
 
-def working_set(model: onnx.ModelProto, shapes: Shapes, half: bool = False) -> tuple[int, str]:
+def working_set(
+    model: onnx.ModelProto, shapes: Shapes, half: bool = False, without: frozenset[str] = frozenset()
+) -> tuple[int, str]:
     """The most bytes of intermediate tensors that live at once, and the node at which they do.
 
     In the order of the graph; views share their memory, elementwise nodes write over an input that nobody
-    reads after them; weights, inputs and outputs of the graph are not counted. Nothing is fused: an
-    engine that fuses attention needs less.
+    reads after them; weights, inputs and outputs of the graph are not counted.
 
     Args:
         half: float32 counts as two bytes, as in a variant that is not made yet.
+        without: tensors that are never in memory, see `scores_of`.
     """
     graph = model.graph
     outside = {t.name for t in graph.initializer} | {v.name for v in (*graph.input, *graph.output)}
@@ -365,7 +372,7 @@ def working_set(model: onnx.ModelProto, shapes: Shapes, half: bool = False) -> t
                     owner[name] = source
                     users[source] = max(users[source], last.get(name, i))
                 continue
-            if name in outside:
+            if name in outside or name in without:
                 continue
             size = _held(tensor, half)
             free = (n for n in dying if users[n] <= i and sizes[n] == size)

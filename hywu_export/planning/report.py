@@ -9,7 +9,7 @@ from typing import Any
 
 from hywu_export.engines.branches import find_branches
 from hywu_export.planning.case import STAGES, Case, Options, picked
-from hywu_export.planning.costs import Node, Time, as_if, costs, time_of, working_set
+from hywu_export.planning.costs import Node, Time, as_if, costs, scores_of, time_of, working_set
 from hywu_export.planning.devices import Device
 from hywu_export.planning.memory import Weights, between, residents, stored, weights_of
 from hywu_export.planning.merging import Merging, compare
@@ -30,6 +30,7 @@ class _Graph:
     weights: Weights
     working: int
     peak_at: str
+    fused: int  # as `working`, where attention is fused
     merging: Merging | None
 
     def time(self, device: Device) -> Time:
@@ -53,6 +54,7 @@ class _Variant:
         if narrow is not None:
             nodes = as_if(nodes, model, shapes, narrow)
         working, at = working_set(model, shapes, narrow is not None)
+        fused, _ = working_set(model, shapes, narrow is not None, scores_of(model, shapes))
         deltas = case.manifest.deltas
         merging = None
         if deltas is not None and case.stages[graph] == "step":
@@ -62,7 +64,7 @@ class _Variant:
                 self.device.limits,
             )  # fmt: skip
         file = case.bundle.graph_file(graph, variant)
-        return _Graph(graph, nodes, weights_of(model, file, narrow), working, at, merging)
+        return _Graph(graph, nodes, weights_of(model, file, narrow), working, at, fused, merging)
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """By stage, of one run of it: times in seconds, operations, bytes."""
@@ -111,7 +113,8 @@ class _Variant:
         fits = "at once" if whole <= self.device.memory else "low_memory" if low <= self.device.memory else "no"
         return {
             "device": self.device.memory, "margin": margin, "weights": weights, "stored": self.stored(),
-            "activations": most, "activations_at": f"{largest.name}: {largest.peak_at}", "tensors": tensors,
+            "activations": most, "activations_fused": max((g.fused for g in self.graphs), default=0),
+            "activations_at": f"{largest.name}: {largest.peak_at}", "tensors": tensors,
             "all_at_once": whole, "low_memory": low, "fits": fits,
             "parts": [{"what": what, "bytes": size} for what, size in sorted(parts, key=lambda p: -p[1])],
         }  # fmt: skip

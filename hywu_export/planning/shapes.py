@@ -158,12 +158,19 @@ class _Inference:
         except onnx.defs.SchemaError:
             raise self._unknown(node, f"is that of {domain or 'ONNX'}'s {node.op_type}") from None
         data = {name: numpy_helper.from_array(self.values[name]) for name in read if name in self.values}
+        opsets, version = list(self.model.opset_import), self.model.ir_version
+        types = {name: self.types[name] for name in read}
+        infer_outputs = onnx.shape_inference.infer_node_outputs
         try:
-            return onnx.shape_inference.infer_node_outputs(
-                schema, node, {name: self.types[name] for name in read}, data,
-                opset_imports=list(self.model.opset_import), ir_version=self.model.ir_version,
-            )  # fmt: skip
-        except (onnx.shape_inference.InferenceError, KeyError, ValueError, RuntimeError) as error:
+            try:
+                return infer_outputs(schema, node, types, data, opset_imports=opsets, ir_version=version)
+            except onnx.checker.ValidationError:
+                # Opset 20 has no BF16 for some operators that TensorRT takes: their shapes are those of FP16.
+                narrow = {name: _retyped(kind, _BF16, _FP16) for name, kind in types.items()}
+                made = infer_outputs(schema, node, narrow, data, opset_imports=opsets, ir_version=version)
+                return {name: _retyped(kind, _FP16, _BF16) for name, kind in made.items()}
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, KeyError, ValueError,
+                RuntimeError) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:200]
             shapes = ", ".join(str(list(self.found.tensors[n].shape)) for n in read if n in self.found.tensors)
             raise self._unknown(node, f"cannot follow from {shapes} ({reason})") from None
@@ -176,6 +183,19 @@ class _Inference:
         )
 
 
+def _retyped(kind: onnx.TypeProto, old: int, new: int) -> onnx.TypeProto:
+    """A type with another element type, if it has the ``old`` one."""
+    if kind.tensor_type.elem_type != old:
+        return kind
+    import onnx
+
+    changed = onnx.TypeProto()
+    changed.CopyFrom(kind)
+    changed.tensor_type.elem_type = new
+    return changed
+
+
+_FP16, _BF16 = 10, 16  # onnx.TensorProto.FLOAT16, BFLOAT16
 DTYPES = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
     10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16", 17: "float8_e4m3fn",
