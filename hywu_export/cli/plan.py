@@ -149,7 +149,7 @@ def _headline(result: Mapping[str, Any]) -> str:
         facts.append(f"deltas of rank {request['rank']}")
     variant = result["variant"] or "as exported"
     facts.append(f"as if made {variant}" if result["as_if"] else variant)
-    return printable(f"{result['bundle']} on {result['device']['name']}: {', '.join(facts)}")
+    return printable(f"{result['bundle']} on {result['device']['name']}") + "\n" + printable(", ".join(facts))
 
 
 def _memory(result: Mapping[str, Any]) -> str:

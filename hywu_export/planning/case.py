@@ -47,6 +47,7 @@ class Case:
 
     def __init__(self, bundle: Bundle, options: Options):
         self.bundle, self.options, self.manifest = bundle, options, bundle.manifest
+        self._read: dict[str, tuple[onnx.ModelProto, Shapes]] = {}
         manifest = self.manifest
         if options.batch < 1 or (options.rank is not None and options.rank < 1):
             raise InputError(
@@ -131,12 +132,22 @@ class Case:
         times = {"load": 0, "request": 1, "final": 1, "step": self.evaluations}
         return sum(times[call.phase] for call in self.calls if call.graph == graph)
 
-    def model(self, graph: str, variant: str | None) -> onnx.ModelProto:
-        """A graph without its external data. Raises BundleError."""
+    def graph(self, name: str, variant: str | None) -> tuple[onnx.ModelProto, Shapes]:
+        """A graph without its external data, and the shapes of its tensors. Raises BundleError, UnsupportedError."""
+        file = self.bundle.graph_file(name, variant)
+        if file not in self._read:
+            model = self._load(file)
+            signature = self.manifest.graphs[name]
+            call = next(call for call in self.calls if call.graph == name)
+            reads = self.manifest.reads(call)
+            inputs = {v.name: self._ranked(reads[v.name], self.shape(v.shape)) for v in signature.inputs}
+            self._read[file] = model, infer(model, inputs, f"graph {name}")
+        return self._read[file]
+
+    def _load(self, file: str) -> onnx.ModelProto:
         import onnx
         from google.protobuf.message import DecodeError
 
-        file = self.bundle.graph_file(graph, variant)
         try:
             return onnx.load(self.bundle.file(file), load_external_data=False)
         except (OSError, DecodeError) as error:
@@ -145,16 +156,6 @@ class Case:
                 "Expected what the manifest lists",
                 "Check the bundle with `hywu inspect --verify`",
             ) from None
-
-    def shapes(self, graph: str, model: onnx.ModelProto) -> Shapes:
-        """The shapes of a graph's tensors. Raises UnsupportedError."""
-        signature = self.manifest.graphs[graph]
-        call = next(call for call in self.calls if call.graph == graph)
-        inputs = {}
-        for value in signature.inputs:
-            tensor = call.inputs.get(value.name, value.name)
-            inputs[value.name] = self._ranked(tensor, self.shape(value.shape))
-        return infer(model, inputs, f"graph {graph}")
 
     def shape(self, shape: tuple[int | str, ...]) -> tuple[int, ...]:
         """A shape of the manifest at these sizes. Raises InputError if an axis has none."""

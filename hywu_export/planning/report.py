@@ -47,8 +47,7 @@ class _Variant:
 
     def _graph(self, graph: str) -> _Graph:
         case, variant = self.case, self.name if self.made else None
-        model = case.model(graph, variant)
-        shapes = case.shapes(graph, model)
+        model, shapes = case.graph(graph, variant)
         nodes = costs(model, shapes, f"graph {graph}")
         narrow = None if self.made else self.name
         if narrow is not None:

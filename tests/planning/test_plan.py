@@ -47,10 +47,9 @@ def planned(bundle: Path, **options: Any) -> dict[str, Any]:
 
 def nodes_of(bundle: Path, graph: str, **options: Any) -> list[Node]:
     case = Case(Bundle.open(bundle, links=False), Options(**options))
-    case.graphs = [graph]
-    model = onnx.load(bundle / case.manifest.graphs[graph].file, load_external_data=False)
     signature = case.manifest.graphs[graph]
-    shapes = infer(model, {v.name: case._ranked(v.name, case.shape(v.shape)) for v in signature.inputs})
+    model = onnx.load(bundle / signature.file, load_external_data=False)
+    shapes = infer(model, {v.name: case.shape(v.shape) for v in signature.inputs})
     for value in signature.outputs:  # the manifest says the same
         assert shapes.tensors[value.name] == Tensor(case.shape(value.shape), value.dtype)
     return costs(model, shapes)
@@ -332,9 +331,9 @@ def at(bundle: Path) -> Callable[[int, int, int, int], dict[str, Any]]:
     return get
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
-    width=st.sampled_from([16, 32, 48]), height=st.sampled_from([16, 32, 48]), batch=st.integers(1, 3),
+    width=st.sampled_from([16, 32]), height=st.sampled_from([16, 32]), batch=st.integers(1, 3),
     rank=st.integers(1, 12), more=st.sampled_from(["width", "height", "batch", "rank"]),
 )  # fmt: skip
 def test_more_of_anything_costs_more(
