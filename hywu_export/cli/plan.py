@@ -47,7 +47,7 @@ _FITS = {
 )
 @click.option("--margin", type=float, metavar="GB", help="Memory to leave for other things.")
 @click.option("--measured", metavar="FILE", help="Compare with what `hywu bench --json` wrote.")
-@click.option("--json", "json_file", metavar="FILE", help="Write everything, schema hywu.plan/1; - prints it.")
+@click.option("--json", "json_file", metavar="FILE", help="Write everything; - prints it.")
 def plan(
     bundle: str | None, device_name: str | None, list_devices: bool, variant: str | None, size: str | None,
     batch: int, steps: int | None, rank: int | None, axes: tuple[str, ...], margin: float | None,
@@ -163,7 +163,7 @@ def _memory(result: Mapping[str, Any]) -> str:
     ]
     parts = [part for part in memory["parts"] if part["bytes"]]
     most = max(part["bytes"] for part in parts)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             _NAMES.get(part["what"], part["what"]),
             _bytes(part["bytes"]).rjust(9),
@@ -190,18 +190,18 @@ def _memory(result: Mapping[str, Any]) -> str:
 def _stages(result: Mapping[str, Any]) -> str:
     header = ("stage", "runs".rjust(5), "each".rjust(9), "together".rjust(9), "FLOP".rjust(8),
               "moved".rjust(9), "bound by".ljust(14), "unfused".rjust(9))  # fmt: skip
+
+    def row(name: str, stage: Mapping[str, Any], runs: str, each: str, together: float) -> tuple[str, ...]:
+        return (
+            name, runs.rjust(5), each.rjust(9), _time(together).rjust(9), _count(stage["flops"]).rjust(8),
+            _bytes(stage["bytes"]).rjust(9), _bound(stage).ljust(14), _time(stage["unfused"]).rjust(9),
+        )  # fmt: skip
+
     rows = [
-        (
-            name, str(s["runs"]).rjust(5), _time(s["seconds"]).rjust(9), _time(s["seconds"] * s["runs"]).rjust(9),
-            _count(s["flops"]).rjust(8), _bytes(s["bytes"]).rjust(9), _bound(s).ljust(14), _time(s["unfused"]).rjust(9),
-        )
-        for name, s in result["stages"].items()
-    ]  # fmt: skip
-    edit = result["edit"]
-    rows.append(
-        ("edit", "".rjust(5), "".rjust(9), _time(edit["seconds"]).rjust(9), _count(edit["flops"]).rjust(8),
-         _bytes(edit["bytes"]).rjust(9), _bound(edit).ljust(14), _time(edit["unfused"]).rjust(9))
-    )  # fmt: skip
+        row(name, stage, str(stage["runs"]), _time(stage["seconds"]), stage["seconds"] * stage["runs"])
+        for name, stage in result["stages"].items()
+    ]
+    rows.append(row("edit", result["edit"], "", "", result["edit"]["seconds"]))
     return "least times\n" + table(rows, header)
 
 
@@ -229,27 +229,19 @@ def _deltas(result: Mapping[str, Any]) -> str:
     header = ("", "low rank, each step".rjust(28), "merged, once for new deltas".rjust(28))
     given = sum(part["bytes"] for part in result["memory"]["parts"] if part["what"] == "deltas")
     rows = [
-        ("operations", f"{_count(d['branch_flops'])} ({d['share_flops']:.1%} of it)", _count(d["merge_flops"])),
+        ("FLOP", f"{_count(d['branch_flops'])} ({d['share_flops']:.1%} of it)", _count(d["merge_flops"])),
         ("moved", _bytes(d["branch_bytes"]), _bytes(d["merge_bytes"])),
         ("time", f"{_time(d['branch_seconds'])} ({d['share_seconds']:.1%} of it)", _time(d["merge_seconds"])),
         ("memory", _bytes(given), f"{_bytes(d['merged_memory'])} for W'"),
         ("whole step", _time(d["step"]), _time(d["merged_step"])),
     ]
     steps, tokens = d["crossover_steps"], d["crossover_token_steps"]
-    gain = "Merging never pays here" if steps is None else f"Merging pays from {plural(steps, 'step')} here"
-    more = (
-        f"; by arithmetic alone from {tokens:,} tokens × steps (a step has {d['tokens']:,})"
-        if tokens is not None
-        else ""
-    )
-    title = f"deltas of {plural(d['targets'], 'target')}, rank {d['rank']}, {plural(d['sets'], 'set')}, in graph {d['graph']}"
-    return "\n".join(
-        [
-            printable(title),
-            table([(name, a.rjust(28), b.rjust(28)) for name, a, b in rows], header),
-            f"  {gain}{more}.",
-        ]
-    )
+    pays = "Merging never pays" if steps is None else f"Merging pays from {plural(steps, 'step')}"
+    advice = f"  {pays} by these times, and from {tokens:,} tokens × steps by FLOP alone"
+    advice += f" (a step has {d['tokens']:,} tokens)."
+    title = f"deltas of {plural(d['targets'], 'target')}, rank {d['rank']}, {plural(d['sets'], 'set')}"
+    shown = table([(name, low.rjust(28), merged.rjust(28)) for name, low, merged in rows], header)
+    return "\n".join([printable(f"{title}, in graph {d['graph']}"), shown, advice])
 
 
 def _measured(result: Mapping[str, Any]) -> str:
@@ -257,9 +249,12 @@ def _measured(result: Mapping[str, Any]) -> str:
     if beside is None:
         return ""
     rows = [
-        (name, _time(pair["planned"]).rjust(9), _time(pair["measured"]).rjust(9), f"{pair['ratio']:.2f}".rjust(18))
+        (
+            name, _time(pair["planned"]).rjust(9), _time(pair["measured"]).rjust(9),
+            f"{pair['ratio']:.2f}".rjust(16),
+        )
         for name, pair in beside["stages"].items()
-    ]
+    ]  # fmt: skip
     where = ", ".join(str(part) for part in (beside["backend"], beside["machine"]) if part)
     header = ("stage", "least".rjust(9), "measured".rjust(9), "measured / least")
     return f"measured on {printable(where)}, p50\n" + table(rows, header)
@@ -267,11 +262,13 @@ def _measured(result: Mapping[str, Any]) -> str:
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
     lines = [
-        "Least times are lower bounds: every product at the device's dense peak or full bandwidth, all else",
-        "fused into it. \"unfused\" is the same with every node reading and writing memory on its own.",
-    ]  # fmt: skip
+        "Least times are lower bounds: products at dense peak or full bandwidth, all else fused into them,",
+        'operands from memory (a cache may save some of that). "unfused": every node on its own.',
+    ]
     if any(entry["as_if"] for entry in result["variants"]):
-        lines.append("A variant \"if made\" has nothing left wide; `hywu calibrate` makes it and says what stays.")  # fmt: skip
+        lines.append(
+            'A variant "if made" has nothing left wide; `hywu calibrate` makes it and finds what must.'
+        )
     device = result["device"]
     if device["unconfirmed"]:
         lines.append(f"Not confirmed for this device: {', '.join(device['unconfirmed'])}.")

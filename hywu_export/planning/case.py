@@ -133,7 +133,7 @@ class Case:
         return sum(times[call.phase] for call in self.calls if call.graph == graph)
 
     def graph(self, name: str, variant: str | None) -> tuple[onnx.ModelProto, Shapes]:
-        """A graph without its external data, and the shapes of its tensors. Raises BundleError, UnsupportedError."""
+        """A graph without its external data, and its shapes. Raises BundleError, UnsupportedError."""
         file = self.bundle.graph_file(name, variant)
         if file not in self._read:
             model = self._load(file)
@@ -146,11 +146,11 @@ class Case:
 
     def _load(self, file: str) -> onnx.ModelProto:
         import onnx
-        from google.protobuf.message import DecodeError
 
+        path = self.bundle.file(file)
         try:
-            return onnx.load(self.bundle.file(file), load_external_data=False)
-        except (OSError, DecodeError) as error:
+            return onnx.load(path, load_external_data=False)
+        except Exception as error:  # protobuf has one of its own, which no base class names
             raise BundleError(
                 f"{file} cannot be read as an ONNX graph ({error})",
                 "Expected what the manifest lists",

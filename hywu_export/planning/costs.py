@@ -71,7 +71,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a device, in SI units: ``peak`` in operations a second by precision, ``bandwidth`` in bytes a second."""
+    """Of a device: ``peak`` in operations a second by precision, ``bandwidth`` in bytes a second."""
 
     peak: Mapping[str, float]
     bandwidth: float
@@ -157,17 +157,20 @@ def as_if(nodes: Collection[Node], model: onnx.ModelProto, shapes: Shapes, preci
         if node.precision != "float32":
             changed.append(node)
             continue
-        now = replace(
-            node, precision=half, reads=node.reads // 2, writes=node.writes // 2, alone=node.alone // 2,
-            weights=node.weights // 2,
+        eight = precision.startswith("int8") and node.weights and _quantizable(by_name[node.name], shapes)
+        weights, activations = node.weights, node.reads - node.weights
+        if weights:  # a stored weight may be narrow already
+            weights = min(weights, shapes.tensors[by_name[node.name].input[1]].elements * (1 if eight else 2))
+        integers = eight and precision == "int8"
+        activations //= 4 if integers else 2
+        saved = node.reads - weights - activations + node.writes // 2
+        changed.append(
+            replace(
+                node, precision="int8" if integers else half, reads=weights + activations,
+                writes=node.writes - node.writes // 2, weights=weights,
+                alone=max(node.alone - saved, 0) if node.flops else node.alone // 2,
+            )
         )  # fmt: skip
-        if precision.startswith("int8") and node.weights and _quantizable(by_name[node.name], shapes):
-            saved = now.reads // 2 if precision == "int8" else now.weights // 2
-            now = replace(
-                now, reads=now.reads - saved, alone=now.alone - saved, weights=now.weights // 2,
-                precision="int8" if precision == "int8" else half,
-            )  # fmt: skip
-        changed.append(now)
     return changed
 
 
@@ -391,8 +394,8 @@ def working_set(
 
 
 _ELEMENTWISE = (
-    "Abs", "Add", "Cast", "Clip", "Div", "Erf", "Exp", "Gelu", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid",
-    "Softmax", "Sqrt", "Sub", "Tanh", "Where", "LayerNormalization", "InstanceNormalization",
+    "Abs", "Add", "Cast", "Clip", "Div", "Erf", "Exp", "Gelu", "InstanceNormalization", "LayerNormalization",
+    "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Softmax", "Sqrt", "Sub", "Tanh", "Where",
 )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from hywu_runtime.errors import InputError
 _FILE = Path(__file__).with_name("devices.json")
 GB = 1e9
 MARGIN = {False: 1 * GB, True: 2 * GB}
-"""Bytes left for what the graphs do not show, by `Device.unified`: the context, the libraries' workspaces, the
-engine's own code; and the system, where it lives in the same memory. An assumption, not a measurement."""
+"""Bytes left for what the graphs do not show, by `Device.unified`: the context, workspaces of libraries, the
+engine's own code; and the system, where it lives in the same memory. Assumed, not measured."""
 
 
 @dataclass(frozen=True)

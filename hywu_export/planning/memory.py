@@ -41,7 +41,7 @@ def weights_of(model: onnx.ModelProto, file: str, half: str | None = None) -> We
     for tensor in model.graph.initializer:
         elements, dtype = math.prod(tensor.dims), DTYPES.get(tensor.data_type, "")
         bits = ITEM_BITS.get(dtype, 32)
-        if half is not None and dtype == "float32":
+        if half is not None and dtype in ("float32", "float16", "bfloat16"):
             eight = half.startswith("int8") and tensor.name in matrices and len(tensor.dims) > 1
             bits = 8 if eight else 16
         place = (file, tensor.name)
@@ -58,11 +58,14 @@ def stored(weights: Collection[Weights]) -> int:
 
 
 def between(case: Case) -> dict[str, int]:
-    """Bytes of the tensors between graphs: ``deltas``, ``states`` (what is carried from step to step, twice, as
-    one is read while the next is written), ``caches and embeddings`` (what the steps read again and again),
-    ``other`` (photos, noise, results)."""
+    """Bytes of the tensors between graphs.
+
+    ``deltas``; ``states``, carried from step to step, twice: one is read while the next is written;
+    ``caches``, which the steps read again and again (keys and values, embeddings); ``other`` (photos, noise).
+    """
     manifest, tensors = case.manifest, case.tensors
-    deltas = set(manifest.deltas.tensors if manifest.deltas is not None else ()) | set(manifest.results.deltas)
+    deltas = set(manifest.results.deltas)
+    deltas |= set(manifest.deltas.tensors if manifest.deltas is not None else ())
     states = {s.tensor for s in manifest.state} | {s.next for s in manifest.state}
     made = {n for call in case.calls for n in manifest.writes(call).values()}
     steps = {n for call in case.calls if call.phase == "step" for n in manifest.reads(call).values()}
@@ -80,7 +83,7 @@ def between(case: Case) -> dict[str, int]:
 
 
 def residents(case: Case) -> list[tuple[str, ...]]:
-    """The sets of graphs that are in memory together with ``low_memory``: each alone, but those of the steps."""
+    """The graphs that are in memory together with ``low_memory``: each alone, but those of the steps."""
     step = {call.graph for call in case.calls if call.phase == "step"}
     sets = [(graph,) for graph in case.graphs if graph not in step]
     return sets + ([tuple(g for g in case.graphs if g in step)] if step else [])

@@ -1,9 +1,9 @@
 """Deltas as low-rank branches against deltas merged into the weights.
 
 With A ``[r, in]`` and B ``[out, r]``, the branch of a layer costs 2·r·(in + out) operations for each token in
-each step. Merging, ``W' = W + s·B·A``, costs 2·r·in·out operations once for each set of deltas, reads W, A and B
-and writes W'; the layer then costs what it costs without deltas, but every sample with its own deltas
-reads its own W'.
+each step. Merging, ``W' = W + s·B·A``, costs 2·r·in·out operations once for each set of deltas, reads W, A
+and B and writes W'; the layer then costs what it costs without deltas, but every sample with its own
+deltas reads its own W'.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ def compare(
     for branch in branches:
         target = targets[branch.module]
         r = rank or target.rank
-        weight = target.in_features * target.out_features * math.prod(target.kernel or ()) * (target.experts or 1)
-        factors = sum(map(math.prod, target.shapes(r).values()))
-        flops = 2 * r * weight * sets
-        merges.append(
-            Node(branch.module, "Merge", flops, wide, (weight * sets + factors * sets) * item, weight * sets * item, 0)
+        weight = math.prod(
+            (target.in_features, target.out_features, target.experts or 1, *(target.kernel or ()))
         )
+        factors = sum(map(math.prod, target.shapes(r).values()))
+        reads, writes = sets * (weight + factors) * item, sets * weight * item
+        merges.append(Node(branch.module, "Merge", 2 * r * weight * sets, wide, reads, writes, 0))
         numbers += weight
         if branch.base is not None:
             bases[branch.base] = weight

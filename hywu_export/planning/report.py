@@ -85,7 +85,8 @@ class _Variant:
                 moved += round(times * sum(node.bytes for node in graph.nodes if node.flops))
             found[stage] = {
                 "graphs": {graph.name: self._runs(graph) for graph in graphs}, "runs": per, **total,
-                "flops": flops, "bytes": moved, "compute_share": bound / total["seconds"] if total["seconds"] else 0.0,
+                "flops": flops, "bytes": moved,
+                "compute_share": bound / total["seconds"] if total["seconds"] else 0.0,
                 "bound": "compute" if bound * 2 >= total["seconds"] else "bandwidth",
             }  # fmt: skip
         return found
@@ -109,7 +110,8 @@ class _Variant:
         parts = [(f"weights of {g.name}", g.weights.bytes) for g in self.graphs]
         parts += [(f"activations, most in {largest.name}", most), *((n, s) for n, s in tensors.items() if s)]
         parts.append(("left for other things", round(margin)))
-        fits = "at once" if whole <= self.device.memory else "low_memory" if low <= self.device.memory else "no"
+        fits = "low_memory" if low <= self.device.memory else "no"
+        fits = "at once" if whole <= self.device.memory else fits
         return {
             "device": self.device.memory, "margin": margin, "weights": weights, "stored": self.stored(),
             "activations": most, "activations_fused": max((g.fused for g in self.graphs), default=0),
@@ -130,9 +132,13 @@ class _Variant:
         found = []
         for number in numbers:
             graphs = [g for g in self.graphs if manifest.graphs[g.name].stage == number]
-            weights, working = sum(g.weights.bytes for g in graphs), max(g.working for g in graphs)
             found.append(
-                {"stage": number, "graphs": [g.name for g in graphs], "weights": weights, "activations": working}
+                {
+                    "stage": number,
+                    "graphs": [graph.name for graph in graphs],
+                    "weights": sum(graph.weights.bytes for graph in graphs),
+                    "activations": max(graph.working for graph in graphs),
+                }
             )
         return found
 
@@ -186,7 +192,8 @@ def plan(
         "variant": variant,
         "as_if": not chosen.made,
         "request": {
-            "size": list(case.size) if case.size is not None else None, "batch": case.batch, "axes": case.axes,
+            "size": list(case.size) if case.size is not None else None, "batch": case.batch,
+            "axes": case.axes,
             "delta_sets": case.delta_sets if manifest.deltas is not None else None,
             "rank": options.rank or (manifest.deltas.rank if manifest.deltas is not None else None),
             "evaluations": case.evaluations, "guided": case.guided,

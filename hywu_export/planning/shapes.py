@@ -75,8 +75,6 @@ def infer(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]], where: 
 
 class _Inference:
     def __init__(self, model: onnx.ModelProto, where: str):
-        import onnx
-
         self.model, self.where = model, where
         self.opsets = {opset.domain or "": opset.version for opset in model.opset_import}
         self.types: dict[str, onnx.TypeProto] = {}
@@ -105,7 +103,7 @@ class _Inference:
         from onnx import TensorProto, helper
 
         self.types[name] = helper.make_tensor_type_proto(dtype, shape)
-        self.found.tensors[name] = Tensor(shape, DTYPES.get(dtype) or TensorProto.DataType.Name(dtype).lower())
+        self.found.tensors[name] = Tensor(shape, DTYPES.get(dtype) or TensorProto.DataType.Name(dtype))
 
     def _node(self, node: onnx.NodeProto) -> None:
         read = [name for name in node.input if name]
@@ -163,7 +161,8 @@ class _Inference:
         infer_outputs = onnx.shape_inference.infer_node_outputs
         try:
             try:
-                return infer_outputs(schema, node, types, data, opset_imports=opsets, ir_version=version)
+                made = infer_outputs(schema, node, types, data, opset_imports=opsets, ir_version=version)
+                return dict(made)
             except onnx.checker.ValidationError:
                 # Opset 20 has no BF16 for some operators that TensorRT takes: their shapes are those of FP16.
                 narrow = {name: _retyped(kind, _BF16, _FP16) for name, kind in types.items()}
@@ -172,7 +171,8 @@ class _Inference:
         except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, KeyError, ValueError,
                 RuntimeError) as error:  # fmt: skip
             reason = " ".join(str(error).split())[:200]
-            shapes = ", ".join(str(list(self.found.tensors[n].shape)) for n in read if n in self.found.tensors)
+            known = [self.found.tensors[name] for name in read if name in self.found.tensors]
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in known)
             raise self._unknown(node, f"cannot follow from {shapes} ({reason})") from None
 
     def _unknown(self, node: onnx.NodeProto, why: str) -> UnsupportedError:

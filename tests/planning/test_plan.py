@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from hywu_export.planning.case import Case, Options
-from hywu_export.planning.costs import Limits, Node, costs, scores_of, time_of, working_set
+from hywu_export.planning.costs import Limits, Node, as_if, costs, scores_of, time_of, working_set
 from hywu_export.planning.devices import devices, find_device
 from hywu_export.planning.memory import stored, weights_of
 from hywu_export.planning.report import plan
@@ -29,11 +29,12 @@ LIMITS = Limits({"float32": 100.0, "float16": 200.0, "int8": 400.0}, 10.0)
 
 
 def graph_of(
-    nodes: list[onnx.NodeProto], inputs: dict[str, tuple[Any, ...]], weights: dict[str, np.ndarray] | None = None,
-    dtype: int = TensorProto.FLOAT,
+    nodes: list[onnx.NodeProto], inputs: dict[str, tuple[Any, ...]],
+    weights: dict[str, np.ndarray] | None = None, dtype: int = TensorProto.FLOAT,
 ) -> onnx.ModelProto:  # fmt: skip
+    values = [helper.make_tensor_value_info(name, dtype, list(shape)) for name, shape in inputs.items()]
     made = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info(name, dtype, list(shape)) for name, shape in inputs.items()],
+        nodes, "g", values,
         [helper.make_tensor_value_info(nodes[-1].output[0], dtype, None)],
         [onnx.numpy_helper.from_array(array, name) for name, array in (weights or {}).items()],
     )  # fmt: skip
@@ -88,7 +89,9 @@ def test_products_of_other_kinds() -> None:
     model = graph_of([helper.make_node("Einsum", ["x", "z"], ["y"], equation="bij,bjk->bik")], x)
     assert costs(model, infer(model, x))[0].flops == 2 * 2 * 3 * 4 * 5
     weight = {"w": np.zeros((4, 3, 2, 2), np.float32)}
-    model = graph_of([helper.make_node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2])], {"x": (1, 4, 5, 6)}, weight)
+    model = graph_of(
+        [helper.make_node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2])], {"x": (1, 4, 5, 6)}, weight
+    )
     assert costs(model, infer(model, {"x": (1, 4, 5, 6)}))[0].flops == 2 * (4 * 5 * 6) * (3 * 2 * 2)
 
 
@@ -110,6 +113,23 @@ def test_an_int8_product_reads_int8_and_a_dequantized_weight_is_no_activation() 
     assert by_name["v"].alone == 0  # a compiler dequantizes weights beforehand, or not at all
 
 
+def test_a_narrow_weight_stays_as_it_is_in_a_variant_to_come() -> None:
+    nodes = [helper.make_node("Cast", ["w"], ["v"], to=1), helper.make_node("MatMul", ["x", "v"], ["y"], "m")]
+    for dtype, size in ((np.float16, 2), (np.float32, 4)):
+        model = graph_of(nodes, {"x": (8, 32)}, {"w": np.zeros((32, 16), dtype)})
+        shapes = infer(model, {"x": (8, 32)})
+        made = costs(model, shapes)
+        assert (made[1].weights, made[1].reads) == (size * 32 * 16, 4 * 8 * 32 + size * 32 * 16)
+        half, int8, weights = (as_if(made, model, shapes, p)[1] for p in ("bf16", "int8", "int8-weights"))
+        assert (half.precision, half.weights, half.reads) == ("bfloat16", 2 * 512, 2 * 256 + 2 * 512)
+        assert (int8.precision, int8.weights, int8.reads) == ("int8", 512, 256 + 512)
+        assert (weights.precision, weights.weights, weights.reads) == ("float16", 512, 2 * 256 + 512)
+        assert half.writes == int8.writes == 2 * 8 * 16
+        assert weights_of(model, "g.onnx").bytes == size * 512
+        assert weights_of(model, "g.onnx", "fp16").bytes == 2 * 512
+        assert weights_of(model, "g.onnx", "int8").bytes == 512
+
+
 def test_scores_of_an_attention_stay_inside() -> None:
     tokens, width = 64, 8
     nodes = [
@@ -129,7 +149,8 @@ def test_scores_of_an_attention_stay_inside() -> None:
     assert working_set(model, shapes)[0] == scores  # the rest is an input or an output; done in place
     assert working_set(model, shapes, half=True)[0] == scores // 2
     assert working_set(model, shapes, without=scores_of(model, shapes))[0] == 0
-    nodes[3] = helper.make_node("MatMul", ["y0", "p"], ["y"], "pv")  # scores as the second operand: no attention
+    # Scores as the second operand are no attention.
+    nodes[3] = helper.make_node("MatMul", ["y0", "p"], ["y"], "pv")
     model = graph_of(nodes, {**inputs, "y0": (1, width, tokens)}, {"half": np.array(0.5, np.float32)})
     assert not scores_of(model, infer(model, {**inputs, "y0": (1, width, tokens)}))
 
@@ -173,14 +194,19 @@ def test_the_working_set_of_a_chain_with_a_branch() -> None:
 
 def test_a_shape_that_only_a_run_shows_is_refused_by_name() -> None:
     nodes = [helper.make_node("NonZero", ["x"], ["i"], "where"), helper.make_node("Cast", ["i"], ["y"], to=1)]
+    model = graph_of(nodes, {"x": (4, 4)})
     with pytest.raises(UnsupportedError, match="NonZero 'where' of graph g") as caught:
-        model = graph_of(nodes, {"x": (4, 4)})
         infer(model, {"x": (4, 4)}, "graph g")
-    assert caught.value.expected and caught.value.remedy
+    assert caught.value.expected
+    assert caught.value.remedy
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    model = graph_of([helper.make_node("MatMul", ["x", "w"], ["y"], "m")], {"x": (2, 5)}, {"w": np.zeros((4, 3), np.float32)})
+    model = graph_of(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "m")],
+        {"x": (2, 5)},
+        {"w": np.zeros((4, 3), np.float32)},
+    )
     with pytest.raises(UnsupportedError, match=r"MatMul 'm'.*\[2, 5\], \[4, 3\]"):
         infer(model, {"x": (2, 5)})
     model = graph_of([helper.make_node("Mystery", ["x"], ["y"], "m", domain="com.other")], {"x": (2,)})
@@ -261,7 +287,9 @@ def test_operations_are_those_that_torch_counts(
         nodes = nodes_of(bundle, graph, **sizes)
         assert sum(n.flops for n in nodes) - branch_flops(bundle, graph, nodes) == theirs
     decoder = sum(n.flops for n in nodes_of(bundle, "image_decoder", **sizes))
-    assert decoder == torch_flops(lambda: vae.decode(torch.zeros(batch, vae.config.latent_channels, *latents)))
+    assert decoder == torch_flops(
+        lambda: vae.decode(torch.zeros(batch, vae.config.latent_channels, *latents))
+    )
     encoder = sum(n.flops for n in nodes_of(bundle, "image_encoder", **sizes))
     assert encoder == torch_flops(lambda: vae.encode(torch.zeros(batch, 3, height, width)))
     texts = sum(n.flops for n in nodes_of(bundle, "text_encoder", **sizes))
@@ -302,7 +330,9 @@ def test_operations_of_the_branches_are_those_of_their_formula(bundle: Path, pip
     length = int(manifest.tensors["prompt.ids"].shape[1])
     with torch.no_grad():
         sample = torch.zeros(3, pipeline.unet.config.in_channels, 32 // factor, 32 // factor)
-        pipeline.unet(sample, torch.tensor(1), torch.zeros(3, length, pipeline.unet.config.cross_attention_dim))
+        pipeline.unet(
+            sample, torch.tensor(1), torch.zeros(3, length, pipeline.unet.config.cross_attention_dim)
+        )
     for handle in handles:
         handle.remove()
     assert branch_flops(bundle, "step", nodes_of(bundle, "step", size="32x32")) == expected
@@ -453,12 +483,15 @@ def test_deltas_of_convolutions(lora_bundle: Path) -> None:
     kinds = {target.kind for target in manifest.deltas.targets}
     assert kinds == {"linear", "conv"}
     merge = sum(
-        2 * t.rank * t.in_features * t.out_features * int(np.prod(t.kernel or (1,))) for t in manifest.deltas.targets
+        2 * t.rank * t.in_features * t.out_features * int(np.prod(t.kernel or (1,)))
+        for t in manifest.deltas.targets
     )
     assert result["deltas"]["targets"] == len(manifest.deltas.targets)
     assert result["deltas"]["merge_flops"] == merge
     assert "generate" not in result["stages"]
-    assert result["memory"]["tensors"]["deltas"] == 4 * sum(np.prod(s) for s in manifest.deltas.tensors.values())
+    assert result["memory"]["tensors"]["deltas"] == 4 * sum(
+        np.prod(s) for s in manifest.deltas.tensors.values()
+    )
 
 
 # The table of devices.
@@ -468,7 +501,8 @@ def test_the_table_of_devices() -> None:
     table = devices()
     assert {"orin-nano-8gb", "orin-agx-64gb", "thor", "rtx-4090", "h200"} <= set(table)
     for device in table.values():
-        assert device.source and device.url.startswith("https://")
+        assert device.source
+        assert device.url.startswith("https://")
         assert set(device.unconfirmed) <= {*device.peak, "bandwidth", "memory"}
         assert device.peak["float32"] <= device.peak["float16"] < device.peak["int8"] < 3e15
         assert 1e11 < device.bandwidth < 1e13
@@ -485,7 +519,8 @@ def test_the_command(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     text = run("plan", bundle, "--device", "thor", "--size", "32x32", "--json", out).stdout
     result = json.loads(out.read_text())
-    assert json.loads(run("plan", bundle, "--device", "thor", "--size", "32x32", "--json", "-").stdout) == result
+    printed = run("plan", bundle, "--device", "thor", "--size", "32x32", "--json", "-").stdout
+    assert json.loads(printed) == result
     assert max(map(len, text.splitlines())) <= 100
     for word in ("Jetson T5000", "memory: all graphs fit at once", "least times", "Merging", "lower bounds"):
         assert word in text
@@ -500,8 +535,10 @@ def test_the_command(bundle: Path, tmp_path: Path) -> None:
 
 def test_a_measurement_beside_the_plan(bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    run("bench", bundle, "--size", "32x16", "--steps", 3, "--batch", 2, "--duration", 0, "--threads", 1, "--json", file)
-    text = run("plan", bundle, "--device", DEVICE, "--measured", file, "--json", tmp_path / "plan.json").stdout
+    small = ("--size", "32x16", "--steps", 3, "--batch", 2, "--duration", 0, "--threads", 1)
+    run("bench", bundle, *small, "--json", file)
+    planned_to = ("--json", tmp_path / "plan.json")
+    text = run("plan", bundle, "--device", DEVICE, "--measured", file, *planned_to).stdout
     result, bench = json.loads((tmp_path / "plan.json").read_text()), json.loads(file.read_text())
     assert result["request"]["size"] == [32, 16]
     assert (result["request"]["batch"], result["request"]["evaluations"]) == (2, 3)
