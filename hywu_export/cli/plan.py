@@ -23,11 +23,7 @@ _NAMES = {
     "other": "photos, noise and other inputs",
     "left for other things": "left for the system and libraries",
 }
-_FITS = {
-    "at once": "All graphs fit at once",
-    "low_memory": "Fits with --low-memory alone",
-    "no": "Does not fit",
-}
+_FITS = {"at once": "fits at once", "low_memory": "fits with --low-memory", "no": "does not fit"}
 
 
 @click.command(cls=Command, short_help="What a device could do at best, and what fits, without it.")
@@ -154,13 +150,13 @@ def _headline(result: Mapping[str, Any]) -> str:
 
 def _memory(result: Mapping[str, Any]) -> str:
     memory = result["memory"]
-    need = memory["low_memory"] if memory["fits"] == "low_memory" else memory["all_at_once"]
-    lines = [
-        f"memory: {_FITS[memory['fits']].lower()}, {_bytes(need)} of {_bytes(memory['device'])}"
-        + (f" ({_bytes(memory['low_memory'])} with --low-memory)" if memory["fits"] == "at once" else "")
-        + (f" ({_bytes(memory['all_at_once'])} at once)" if memory["fits"] == "low_memory" else "")
-        + (f", {_bytes(memory['low_memory'])} even with --low-memory" if memory["fits"] == "no" else "")
-    ]
+    whole, low, there = (_bytes(memory[key]) for key in ("all_at_once", "low_memory", "device"))
+    verdict = {
+        "at once": f"all graphs fit at once, {whole} of {there} ({low} with --low-memory)",
+        "low_memory": f"fits with --low-memory alone, {low} of {there} ({whole} at once)",
+        "no": f"does not fit in {there}: {whole} at once, {low} with --low-memory",
+    }
+    lines = [f"memory: {verdict[memory['fits']]}"]
     parts = [part for part in memory["parts"] if part["bytes"]]
     most = max(part["bytes"] for part in parts)
     rows: list[tuple[str, ...]] = [
@@ -175,7 +171,9 @@ def _memory(result: Mapping[str, Any]) -> str:
     saved = memory["activations"] - memory["activations_fused"]
     if saved > 0.05 * memory["activations"]:
         fused = _bytes(memory["activations_fused"])
-        lines.append(f"  Where attention is fused, activations take {fused} (nothing is, in what is shown).")
+        better = memory["fits_fused"] != memory["fits"]
+        so = f", and it {_FITS[memory['fits_fused']]}" if better else " instead"
+        lines.append(f"  Where a backend fuses attention, activations take {fused}{so}.")
     if result["cuts"]:
         header = ("stage", "graphs", "weights".rjust(9), "activations".rjust(11))
         rows = [
@@ -236,9 +234,9 @@ def _deltas(result: Mapping[str, Any]) -> str:
         ("whole step", _time(d["step"]), _time(d["merged_step"])),
     ]
     steps, tokens = d["crossover_steps"], d["crossover_token_steps"]
-    pays = "Merging never pays" if steps is None else f"Merging pays from {plural(steps, 'step')}"
-    advice = f"  {pays} by these times, and from {tokens:,} tokens × steps by FLOP alone"
-    advice += f" (a step has {d['tokens']:,} tokens)."
+    pays = "never pays" if steps is None else f"pays from {plural(steps, 'step')}"
+    advice = f"  Merging {pays} by these times; by FLOP alone from {tokens:,} tokens x steps, of which"
+    advice += f"\n  a step has {d['tokens']:,} (in the layer with the most)."
     title = f"deltas of {plural(d['targets'], 'target')}, rank {d['rank']}, {plural(d['sets'], 'set')}"
     shown = table([(name, low.rjust(28), merged.rjust(28)) for name, low, merged in rows], header)
     return "\n".join([printable(f"{title}, in graph {d['graph']}"), shown, advice])

@@ -102,21 +102,28 @@ class _Variant:
         most = max((g.working for g in self.graphs), default=0)
         largest = max(self.graphs, key=lambda g: g.working)
         weights = sum(g.weights.bytes for g in self.graphs)
-        sets = [
-            sum(by_name[n].weights.bytes for n in names) + max(by_name[n].working for n in names)
-            for names in residents(self.case)
-        ]
-        whole, low = weights + most + lying + margin, max(sets) + lying + margin
+
+        def need(working: Mapping[str, int]) -> tuple[float, float, str]:
+            """Bytes with all graphs at once and with low_memory, and which of them the device has."""
+            sets = [
+                sum(by_name[n].weights.bytes for n in names) + max(working[n] for n in names)
+                for names in residents(self.case)
+            ]
+            whole = weights + max(working.values()) + lying + margin
+            low = max(sets) + lying + margin
+            fits = "low_memory" if low <= self.device.memory else "no"
+            return whole, low, "at once" if whole <= self.device.memory else fits
+
+        whole, low, fits = need({graph.name: graph.working for graph in self.graphs})
+        fits_fused = need({graph.name: graph.fused for graph in self.graphs})[2]
         parts = [(f"weights of {g.name}", g.weights.bytes) for g in self.graphs]
         parts += [(f"activations, most in {largest.name}", most), *((n, s) for n, s in tensors.items() if s)]
         parts.append(("left for other things", round(margin)))
-        fits = "low_memory" if low <= self.device.memory else "no"
-        fits = "at once" if whole <= self.device.memory else fits
         return {
             "device": self.device.memory, "margin": margin, "weights": weights, "stored": self.stored(),
             "activations": most, "activations_fused": max((g.fused for g in self.graphs), default=0),
             "activations_at": f"{largest.name}: {largest.peak_at}", "tensors": tensors,
-            "all_at_once": whole, "low_memory": low, "fits": fits,
+            "all_at_once": whole, "low_memory": low, "fits": fits, "fits_fused": fits_fused,
             "parts": [{"what": what, "bytes": size} for what, size in sorted(parts, key=lambda p: -p[1])],
         }  # fmt: skip
 
