@@ -224,22 +224,24 @@ def _deltas(result: Mapping[str, Any]) -> str:
     d = result["deltas"]
     if d is None:
         return ""
-    header = ("", "low rank, each step".rjust(28), "merged, once for new deltas".rjust(28))
+    header = ("", f"low rank, each {d['stage']}".rjust(28), "merged, once for new deltas".rjust(28))
     given = sum(part["bytes"] for part in result["memory"]["parts"] if part["what"] == "deltas")
     rows = [
         ("FLOP", f"{_count(d['branch_flops'])} ({d['share_flops']:.1%} of it)", _count(d["merge_flops"])),
         ("moved", _bytes(d["branch_bytes"]), _bytes(d["merge_bytes"])),
         ("time", f"{_time(d['branch_seconds'])} ({d['share_seconds']:.1%} of it)", _time(d["merge_seconds"])),
         ("memory", _bytes(given), f"{_bytes(d['merged_memory'])} for W'"),
-        ("whole step", _time(d["step"]), _time(d["merged_step"])),
+        (f"whole {d['stage']}", _time(d["step"]), _time(d["merged_step"])),
     ]
     steps, tokens = d["crossover_steps"], d["crossover_token_steps"]
-    pays = "never pays" if steps is None else f"pays from {plural(steps, 'step')}"
-    advice = f"  Merging {pays} by these times; by FLOP alone from {tokens:,} tokens x steps, of which"
-    advice += f"\n  a step has {d['tokens']:,} (in the layer with the most)."
+    pays = "never pays" if steps is None else f"pays from {plural(steps, d['stage'])}"
+    advice = (
+        f"  Merging {pays} by these times; by FLOP alone from {tokens:,} tokens x {d['stage']}s, of which"
+    )
+    advice += f"\n  a {d['stage']} has {d['tokens']:,} (in the layer with the most)."
     title = f"deltas of {plural(d['targets'], 'target')}, rank {d['rank']}, {plural(d['sets'], 'set')}"
     shown = table([(name, low.rjust(28), merged.rjust(28)) for name, low, merged in rows], header)
-    return "\n".join([printable(f"{title}, in graph {d['graph']}"), shown, advice])
+    return "\n".join([printable(title), shown, advice])
 
 
 def _measured(result: Mapping[str, Any]) -> str:

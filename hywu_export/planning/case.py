@@ -11,7 +11,7 @@ from hywu_export.benchmark.stages import stages_of
 from hywu_export.engines.shapes import ShapeOptions, engine_shapes
 from hywu_export.planning.shapes import Shapes, infer
 from hywu_runtime.bundle import Bundle
-from hywu_runtime.errors import BundleError, InputError
+from hywu_runtime.errors import BundleError, InputError, UnsupportedError
 from hywu_runtime.images import parse_size
 from hywu_runtime.manifest import ITEM_SIZES, Call, Manifest, is_guided
 from hywu_runtime.program import make_plan
@@ -141,8 +141,21 @@ class Case:
             call = next(call for call in self.calls if call.graph == name)
             reads = self.manifest.reads(call)
             inputs = {v.name: self._ranked(reads[v.name], self.shape(v.shape)) for v in signature.inputs}
-            self._read[file] = model, infer(model, inputs, f"graph {name}")
+            self._read[file] = model, self._shapes(model, inputs, f"graph {name}")
         return self._read[file]
+
+    def _shapes(self, model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]], where: str) -> Shapes:
+        try:
+            return infer(model, inputs, where)
+        except UnsupportedError as error:
+            rank, deltas = self.options.rank, self.manifest.deltas
+            if rank is None or deltas is None or rank == deltas.rank:
+                raise
+            raise InputError(
+                f"Rank {rank} cannot be planned: the rank is fixed in {where} ({error.wrong})",
+                f"Expected the bundle's own, {deltas.rank}; branches of convolutions take no other",
+                f"Leave out --rank, or export with --max-rank {rank}",
+            ) from error
 
     def _load(self, file: str) -> onnx.ModelProto:
         import onnx

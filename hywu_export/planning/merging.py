@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merging:
-    """The comparison for the graph of one step.
+    """The comparison for one step.
 
     Attributes:
         targets, rank: of the deltas that the graph reads; the largest rank.
@@ -61,19 +61,16 @@ class Merging:
 def compare(
     nodes: Sequence[Node], branches: Sequence[Branch], targets: Mapping[str, DeltaTarget], rank: int | None,
     sets: int, batch: int, limits: Limits,
-) -> Merging | None:  # fmt: skip
-    """Compares both ways for one graph; None if it has no delta branches.
+) -> Merging:  # fmt: skip
+    """Compares both ways for the graphs of one stage.
 
     Args:
-        nodes: of the graph, all.
-        branches: of `engines.branches.find_branches`.
+        nodes: of the graphs, all.
+        branches: what `engines.branches.find_branches` finds in them, one at least.
         targets: by module.
         rank: instead of the targets' own.
         sets: of deltas: 1, or one for each of the ``batch`` samples.
     """
-    branches = [branch for branch in branches if branch.module in targets]
-    if not branches:
-        return None
     by_name = {node.name: node for node in nodes}
     own = {name for branch in branches for name in (*branch.down, *branch.up)}
     branch_nodes = [by_name[name] for name in sorted(own)]

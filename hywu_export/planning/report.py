@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from hywu_export.engines.branches import find_branches
+from hywu_export.engines.branches import Branch, find_branches
 from hywu_export.planning.case import STAGES, Case, Options, picked
 from hywu_export.planning.costs import Node, Time, as_if, costs, scores_of, time_of, working_set
 from hywu_export.planning.devices import Device
 from hywu_export.planning.memory import Weights, between, residents, stored, weights_of
-from hywu_export.planning.merging import Merging, compare
+from hywu_export.planning.merging import compare
 from hywu_runtime.bundle import Bundle
 from hywu_runtime.errors import InputError
 
@@ -31,10 +31,31 @@ class _Graph:
     working: int
     peak_at: str
     fused: int  # as `working`, where attention is fused
-    merging: Merging | None
+    branches: Sequence[Branch]
 
     def time(self, device: Device) -> Time:
         return time_of(self.nodes, device.limits)
+
+
+def _renamed(graph: _Graph) -> list[Node]:
+    """Nodes with names that those of no other graph have."""
+    return [
+        replace(n, name=f"{graph.name}:{n.name}", group=f"{graph.name}:{n.group}" if n.group else "")
+        for n in graph.nodes
+    ]
+
+
+def _renamed_branches(graph: _Graph) -> list[Branch]:
+    def name(node: str | None) -> str | None:
+        return None if node is None else f"{graph.name}:{node}"
+
+    return [
+        Branch(
+            b.module, tuple(f"{graph.name}:{n}" for n in b.down), tuple(f"{graph.name}:{n}" for n in b.up),
+            name(b.add), name(b.base),
+        )
+        for b in graph.branches
+    ]  # fmt: skip
 
 
 class _Variant:
@@ -54,16 +75,8 @@ class _Variant:
             nodes = as_if(nodes, model, shapes, narrow)
         working, at = working_set(model, shapes, narrow is not None)
         fused, _ = working_set(model, shapes, narrow is not None, scores_of(model, shapes))
-        deltas = case.manifest.deltas
-        merging = None
-        if deltas is not None and case.stages[graph] == "step":
-            targets = {target.module: target for target in deltas.targets}
-            merging = compare(
-                nodes, find_branches(model), targets, case.options.rank, case.delta_sets, case.batch,
-                self.device.limits,
-            )  # fmt: skip
         file = case.bundle.graph_file(graph, variant)
-        return _Graph(graph, nodes, weights_of(model, file, narrow), working, at, fused, merging)
+        return _Graph(graph, nodes, weights_of(model, file, narrow), working, at, fused, find_branches(model))
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """By stage, of one run of it: times in seconds, operations, bytes."""
@@ -126,6 +139,21 @@ class _Variant:
             "all_at_once": whole, "low_memory": low, "fits": fits, "fits_fused": fits_fused,
             "parts": [{"what": what, "bytes": size} for what, size in sorted(parts, key=lambda p: -p[1])],
         }  # fmt: skip
+
+    def deltas(self) -> dict[str, Any] | None:
+        """Low rank against merged, in the graphs of a step, or of the first stage that reads deltas."""
+        case, spec = self.case, self.case.manifest.deltas
+        stages = sorted({case.stages[g.name] for g in self.graphs if g.branches}, key=lambda s: s != "step")
+        if spec is None or not stages:
+            return None
+        graphs = [graph for graph in self.graphs if case.stages[graph.name] == stages[0]]
+        merging = compare(
+            [node for graph in graphs for node in _renamed(graph)],
+            [branch for graph in graphs for branch in _renamed_branches(graph)],
+            {target.module: target for target in spec.targets},
+            case.options.rank, case.delta_sets, case.batch, self.device.limits,
+        )  # fmt: skip
+        return {"stage": stages[0], "graphs": [g.name for g in graphs if g.branches], **merging.to_dict()}
 
     def stored(self) -> int:
         return stored([graph.weights for graph in self.graphs])
@@ -209,7 +237,7 @@ def plan(
         "edit": _edit(stages),
         "memory": chosen.memory(left),
         "cuts": chosen.cuts(),
-        "deltas": _deltas(chosen),
+        "deltas": chosen.deltas(),
         "variants": [_summary(load(name), left) for name in names],
     }  # fmt: skip
     if measured is not None:
@@ -225,15 +253,6 @@ def _edit(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     bound = sum(stage["seconds"] * stage["runs"] * stage["compute_share"] for stage in stages.values())
     share = bound / total["seconds"] if total["seconds"] else 0.0
     return {**total, "compute_share": share, "bound": "compute" if share >= 0.5 else "bandwidth"}
-
-
-def _deltas(variant: _Variant) -> dict[str, Any] | None:
-    """Low rank against merged: of the step's graphs together."""
-    found = [(graph, graph.merging) for graph in variant.graphs if graph.merging is not None]
-    if not found:
-        return None
-    graph, merging = max(found, key=lambda pair: pair[1].branch_flops)
-    return {"graph": graph.name, **merging.to_dict()}
 
 
 def _summary(variant: _Variant, margin: float) -> dict[str, Any]:
