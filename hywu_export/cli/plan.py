@@ -114,7 +114,7 @@ def _axes(texts: tuple[str, ...]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         name, equals, size = text.partition("=")
-        if not (name and equals and size) or name in found:
+        if not (name and equals and size.isdecimal()) or name in found:
             raise InputError(f"--axis {text!r} is not understood", "Expected NAME=N, each once", "Correct it")
         found[name] = size
     return found

@@ -57,7 +57,13 @@ class Case:
             raise InputError(
                 f"--rank {options.rank}: the bundle takes no deltas", "Expected one that does", "Leave it out"
             )
-        if options.size is not None and manifest.image is not None:
+        if options.size is not None:
+            if manifest.image is None:
+                raise InputError(
+                    f"--size {options.size}: the bundle takes no pictures",
+                    "Expected the sizes of its axes",
+                    "Give these with --axis NAME=N",
+                )
             parse_size(options.size, manifest.image)
         results = manifest.results
         self.guided = is_guided(manifest.guidance)
@@ -65,19 +71,13 @@ class Case:
         self.plan = make_plan(manifest, wanted, guided=self.guided)
         graphs = {manifest.program[i].graph for calls in self.plan.calls.values() for i in calls}
         self.graphs = [name for name in manifest.graphs if name in graphs]
-        chosen = engine_shapes(
-            manifest, graphs, ShapeOptions(options.size, self._batch(), None, options.axes)
-        )  # fmt: skip
+        batch = None if options.batch == 1 and "batch" not in manifest.axes else str(options.batch)
+        chosen = engine_shapes(manifest, graphs, ShapeOptions(options.size, batch, axes=options.axes))
         self.axes = {name: sizes[1] for name, sizes in chosen.items()}
         for name, axis in manifest.axes.items():
             size = axis.size(self.axes) if axis.derived else None
             if size is not None:
                 self.axes[name] = size
-
-    def _batch(self) -> str | None:
-        if "batch" not in self.manifest.axes:
-            return None if self.options.batch == 1 else str(self.options.batch)  # which names the axis
-        return str(self.options.batch)
 
     @property
     def batch(self) -> int:

@@ -104,10 +104,6 @@ class Time:
     compute_bound: float
     unfused: float
 
-    @property
-    def bound(self) -> str:
-        return "compute" if self.compute_bound * 2 >= self.seconds else "bandwidth"
-
 
 def time_of(nodes: Collection[Node], limits: Limits) -> Time:
     """The roofline of Williams, Waterman and Patterson (CACM 52, 2009), node by node."""

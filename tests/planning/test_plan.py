@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cli_tools import refused, run
+from cli_tools import copy_tree, refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from hywu_export.passes import layers
 from hywu_export.planning.case import Case, Options
-from hywu_export.planning.costs import Limits, Node, as_if, costs, scores_of, time_of, working_set
+from hywu_export.planning.costs import (
+    LEAST_DIMENSION,
+    Limits,
+    Node,
+    as_if,
+    costs,
+    scores_of,
+    time_of,
+    working_set,
+)
 from hywu_export.planning.devices import devices, find_device
 from hywu_export.planning.memory import stored, weights_of
 from hywu_export.planning.report import plan
@@ -167,7 +179,6 @@ def test_the_roofline_takes_the_longer_of_both_for_each_group() -> None:
     assert time.seconds == pytest.approx(10 + 3 + 3)
     assert (time.compute, time.memory) == pytest.approx((13, 8))
     assert time.compute_bound == pytest.approx(10)
-    assert time.bound == "compute"
     assert time.unfused == pytest.approx(10 + 3 + 5 + 1 + 2.5)
     with pytest.raises(UnsupportedError, match="bfloat16"):
         time_of([Node("a", "MatMul", 1, "bfloat16", 0, 0, 0)], LIMITS)
@@ -412,14 +423,10 @@ def test_weights_are_as_large_as_their_files(bundle: Path, linked_bundle: Path) 
         size for one in weights for (file, _), size in dict(one.places).items() if not file.endswith(".onnx")
     )
     places = {place: size for one in weights for place, size in one.places.items()}
-    in_files = 0
-    for file in (bundle / "weights").iterdir():
-        data = file.read_bytes()
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        sizes = [v["data_offsets"] for k, v in header.items() if k != "__metadata__"]
-        in_files += sum(end - start for start, end in sizes)
-    assert sum(size for (file, _), size in places.items() if not file.endswith(".onnx")) == in_files
-    assert outside > in_files  # the two step graphs share theirs
+    assert sum(size for (file, _), size in places.items() if not file.endswith(".onnx")) == in_files(
+        bundle / "weights"
+    )
+    assert outside > in_files(bundle / "weights")  # the two step graphs share theirs
     assert stored(weights) == sum(places.values())
     linked = Manifest.read(linked_bundle)
     for graph in linked.graphs.values():
@@ -440,6 +447,76 @@ def test_variants_that_are_not_made(bundle: Path) -> None:
     assert int8["edit"]["seconds"] <= weights["edit"]["seconds"] <= half["edit"]["seconds"]
     assert {entry["variant"] for entry in wide["variants"]} == {None, "fp16", "int8"}
     assert wide["variants"][1]["edit"] == half["edit"]["seconds"]
+
+
+@pytest.fixture(scope="module")
+def with_variants(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle with variants of the two graphs of a step: FP16, and INT8 in all layers."""
+    from hywu_export.bundle.variants import load_graph, write_variant
+    from hywu_export.passes.half import to_half
+    from hywu_export.passes.quantize import Quantized, quantize
+    from hywu_export.passes.weights8 import quantize_weights
+
+    folder = copy_tree(bundle, tmp_path_factory.mktemp("variants") / "bundle", ["manifest.json"])
+    graphs = ("step", "step_unguided")
+    for variant in ("fp16", "int8", "int8-weights"):
+        models = {name: load_graph(Bundle.open(folder), name) for name in graphs}
+        for graph, model in models.items():
+            if variant == "fp16":
+                models[graph] = to_half(model, "fp16")
+            elif variant == "int8":
+                names = [layer.name for layer in layers.find_layers(model) if not layer.small]
+                quantize(model, dict.fromkeys(names, Quantized(0.0625)))
+            else:
+                quantize_weights(model)
+        write_variant(folder, variant, variant, models)  # type: ignore[arg-type]
+    return folder
+
+
+def in_files(folder: Path) -> int:
+    """Bytes of the data of safetensors files, by their headers."""
+    size = 0
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        size += sum(end - start for start, end in spans)
+    return size
+
+
+def test_variants_of_the_bundle(with_variants: Path) -> None:
+    made = Bundle.open(with_variants)
+    for name, variant in made.manifest.variants.items():
+        weights = [
+            weights_of(onnx.load(made.file(file), load_external_data=False), file)
+            for file in variant.graphs.values()
+        ]
+        places = {place: size for one in weights for place, size in one.places.items()}
+        outside = sum(size for (file, _), size in places.items() if not file.endswith(".onnx"))
+        assert outside == in_files(with_variants / "variants" / name / "weights")
+        assert stored(weights) == sum(places.values())
+        result = planned(with_variants, size="64x64", variant=name)
+        assert (result["variant"], result["as_if"]) == (name, False)
+    assert LEAST_DIMENSION == layers.LEAST_DIMENSION
+    case = Case(made, Options(size="64x64"))
+
+    def flops(variant: str, precision: str) -> int:
+        return sum(n.flops for n in costs(*case.graph("step", variant)) if n.precision == precision)
+
+    wide = costs(*case.graph("step", None))
+    to_come = as_if(wide, *case.graph("step", None), "int8")
+    all_of_it = sum(node.flops for node in wide)
+    assert flops("int8", "int8") == sum(n.flops for n in to_come if n.precision == "int8") > all_of_it / 2
+    assert flops("int8", "int8") + flops("int8", "float32") == all_of_it
+    assert flops("int8-weights", "float32") == all_of_it
+    assert flops("fp16", "float16") > 0.9 * all_of_it
+    entries = {entry["variant"]: entry for entry in planned(with_variants, size="64x64")["variants"]}
+    assert [e["as_if"] for e in entries.values()] == [False] * 4
+    steps = {name: entry["stages"]["step"] for name, entry in entries.items()}
+    assert steps["fp16"] < steps[None]
+    assert steps["int8"] < steps["int8-weights"] <= steps[None]
+    half = time_of(as_if(wide, *case.graph("step", None), "fp16"), find_device(DEVICE).limits).seconds
+    assert steps["fp16"] == pytest.approx(half, rel=0.1)
 
 
 def test_merging_needs_weights_for_every_set_of_deltas(bundle: Path) -> None:
@@ -520,8 +597,8 @@ def test_a_module_that_is_no_editor(tmp_path: Path) -> None:
     result = planned(tmp_path / "bundle", batch=4)
     assert list(result["stages"]) == ["run"]
     assert result["request"]["size"] is None
-    layers, branches = 2 * 4 * 5 * (6 * 20 + 20 * 6), 2 * 3 * 4 * 5 * 2 * (6 + 20)
-    assert result["stages"]["run"]["flops"] == layers + branches
+    own, branches = 2 * 4 * 5 * (6 * 20 + 20 * 6), 2 * 3 * 4 * 5 * 2 * (6 + 20)
+    assert result["stages"]["run"]["flops"] == own + branches
     assert (result["deltas"]["stage"], result["deltas"]["branch_flops"]) == ("run", branches)
     text = run("plan", tmp_path / "bundle", "--device", DEVICE).stdout
     assert "Twice" in text or "bundle" in text
@@ -566,6 +643,19 @@ def test_the_command(bundle: Path, tmp_path: Path) -> None:
     for device in devices().values():
         assert device.key in listed
         assert device.url in listed
+
+
+def test_it_needs_neither_torch_nor_a_runtime_of_graphs(bundle: Path) -> None:
+    program = f"""
+import sys
+from hywu_export.planning.devices import find_device
+from hywu_export.planning.report import plan
+from hywu_runtime import Bundle
+plan(Bundle.open({str(bundle)!r}), find_device({DEVICE!r}))
+print(*(m for m in ("torch", "diffusers", "transformers", "onnx_ir", "onnxruntime") if m in sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
 
 
 def test_a_measurement_beside_the_plan(bundle: Path, tmp_path: Path) -> None:
