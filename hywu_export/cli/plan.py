@@ -271,7 +271,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         )
     device = result["device"]
     if device["unconfirmed"]:
-        lines.append(f"Not confirmed for this device: {', '.join(device['unconfirmed'])}.")
+        lines.append(f"Derived, or not confirmed, for this device: {', '.join(device['unconfirmed'])}.")
     return lines
 
 

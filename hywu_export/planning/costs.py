@@ -94,7 +94,7 @@ class Time:
     """Least times of some nodes, in seconds.
 
     ``seconds``: the roofline, the sum over groups of nodes of max(compute, memory). ``compute``, ``memory``:
-    of all nodes, if the other cost nothing; ``compute_bound``: the share of `seconds` in groups that
+    of all nodes, if the other cost nothing; ``compute_bound``: the part of `seconds` in groups that
     arithmetic binds. ``unfused``: the roofline if every node read and wrote memory on its own.
     """
 
