@@ -139,13 +139,18 @@ def _headline(result: Mapping[str, Any]) -> str:
     if request["size"] is not None:
         facts.append(f"{request['size'][0]}x{request['size'][1]}")
     facts.append(f"batch {request['batch']}")
+    facts += [f"{name} {size}" for name, size in request["other_axes"].items()]
     if request["evaluations"] > 1 or "step" in result["stages"]:
         facts.append(plural(request["evaluations"], "evaluation") + (", guided" if request["guided"] else ""))
     if request["rank"] is not None:
         facts.append(f"deltas of rank {request['rank']}")
     variant = result["variant"] or "as exported"
     facts.append(f"as if made {variant}" if result["as_if"] else variant)
-    return printable(f"{result['bundle']} on {result['device']['name']}") + "\n" + printable(", ".join(facts))
+    return (
+        printable(f"{result['bundle']} on {result['device']['name']}")
+        + "\n"
+        + "\n".join(_wrapped(printable(", ".join(facts))))
+    )
 
 
 def _memory(result: Mapping[str, Any]) -> str:
@@ -199,13 +204,17 @@ def _stages(result: Mapping[str, Any]) -> str:
         row(name, stage, str(stage["runs"]), _time(stage["seconds"]), stage["seconds"] * stage["runs"])
         for name, stage in result["stages"].items()
     ]
-    rows.append(row("edit", result["edit"], "", "", result["edit"]["seconds"]))
+    rows.append(row(_whole(result), result["edit"], "", "", result["edit"]["seconds"]))
     return "least times\n" + table(rows, header)
+
+
+def _whole(result: Mapping[str, Any]) -> str:
+    return "all" if result["request"]["size"] is None else "edit"
 
 
 def _variants(result: Mapping[str, Any]) -> str:
     header = ("variant", "", "stored".rjust(9), "at once".rjust(9), "low memory".rjust(10), "fits".ljust(10),
-              "step".rjust(9), "edit".rjust(9))  # fmt: skip
+              "step".rjust(9), _whole(result).rjust(9))  # fmt: skip
     rows = []
     for entry in result["variants"]:
         step = entry["stages"].get("step")

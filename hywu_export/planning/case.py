@@ -99,6 +99,17 @@ class Case:
         height, width = (self.axes.get(n, 0) if isinstance(n, str) else n for n in names)
         return width, height
 
+    @property
+    def other_axes(self) -> dict[str, int]:
+        """The axes that neither the picture nor the batch sets: the length of a text, say."""
+        manifest, image = self.manifest, self.manifest.image
+        shown = {"batch", *(manifest.tensors[image.tensor].shape if image is not None else ())}
+        return {
+            name: size
+            for name, size in self.axes.items()
+            if name not in shown and not manifest.axes[name].derived and manifest.axes[name].one_or is None
+        }
+
     @cached_property
     def evaluations(self) -> int:
         """Of the denoiser, in one edit."""

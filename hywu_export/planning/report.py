@@ -228,7 +228,7 @@ def plan(
         "as_if": not chosen.made,
         "request": {
             "size": list(case.size) if case.size is not None else None, "batch": case.batch,
-            "axes": case.axes,
+            "axes": case.axes, "other_axes": case.other_axes,
             "delta_sets": case.delta_sets if manifest.deltas is not None else None,
             "rank": options.rank or (manifest.deltas.rank if manifest.deltas is not None else None),
             "evaluations": case.evaluations, "guided": case.guided,

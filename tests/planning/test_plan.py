@@ -603,6 +603,7 @@ def test_a_module_that_is_no_editor(tmp_path: Path) -> None:
     text = run("plan", tmp_path / "bundle", "--device", DEVICE).stdout
     assert "Twice" in text or "bundle" in text
     assert "\n  run " in text
+    assert "\n  all " in text
     assert refused("plan", tmp_path / "bundle", "--device", DEVICE, "--size", "32x32")
 
 
