@@ -18,7 +18,9 @@ from hywu_runtime.errors import HywuError
 
 INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
 
-COMMANDS = ("demo", "export", "calibrate", "build", "edit", "bench", "inspect", "deltas", "verify", "doctor")
+COMMANDS = (
+    "demo", "export", "calibrate", "build", "edit", "bench", "plan", "inspect", "deltas", "verify", "doctor",
+)  # fmt: skip
 """In the order of ``hywu --help``; command ``x`` is the object ``x`` of the module ``hywu_export.cli.x``."""
 
 
