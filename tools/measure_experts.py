@@ -109,7 +109,7 @@ class Layer(nn.Module):
     def _gathered(
         self, x: Tensor, chosen: Tensor, shares: Tensor, gate: Tensor, deltas: dict[str, Tensor]
     ) -> Tensor:
-        both, down = self.experts.stacked()
+        both, down = self.experts.weights()
         width = self.experts.width
         weights = {"w1": both[:, width:], "w2": down, "w3": both[:, :width]}
         groups = group(chosen, self.experts.count, self.block, PIECES)

@@ -6,14 +6,13 @@ the three parts of an expert, under which a generator makes deltas, are w1 (gate
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hywu_export.deltas.experts import ExpertLinear
 from hywu_export.families.hunyuan.config import HunyuanConfig
+from hywu_export.tracing.stacks import Stack
 
 
 class SharedMLP(nn.Module):
@@ -47,7 +46,7 @@ class Expert(nn.Module):
         self.down_proj = Weight(hidden, width)
 
 
-class Experts(nn.Module):
+class Experts(Stack):
     """All routed experts, each on every token: what the router left out gets the weight 0.
 
     Checkpoints hold every expert apart. They are stacked in the graph, which a runtime computes once, when it
@@ -55,21 +54,15 @@ class Experts(nn.Module):
     """
 
     def __init__(self, count: int, hidden: int, width: int):
-        super().__init__()
-        self.count, self.width = count, width
-        for index in range(count):
-            self.add_module(str(index), Expert(hidden, width))
+        super().__init__([Expert(hidden, width) for _ in range(count)])
+        self.width = width
         self.w1 = ExpertLinear(count, hidden, width)
         self.w2 = ExpertLinear(count, width, hidden)
         self.w3 = ExpertLinear(count, hidden, width)
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
+    def weights(self) -> tuple[Tensor, Tensor]:
         """``[experts, 2 * width, hidden]`` and ``[experts, hidden, width]``."""
-        experts = [cast(Expert, self.get_submodule(str(index))) for index in range(self.count)]
-        return (
-            torch.stack([e.gate_and_up_proj.weight for e in experts]),
-            torch.stack([e.down_proj.weight for e in experts]),
-        )
+        return self.stacked("gate_and_up_proj.weight"), self.stacked("down_proj.weight")
 
     def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """The weighted sum of the chosen experts.
@@ -79,7 +72,7 @@ class Experts(nn.Module):
             chosen: which experts, int64 ``[batch, n, k]``.
             shares: their weights, float32 ``[batch, n, k]``.
         """
-        both, down = self.stacked()
+        both, down = self.weights()
         tokens = x.unsqueeze(1)
         up = self.w3(tokens, both[:, : self.width])
         gate = self.w1(tokens, both[:, self.width :])
