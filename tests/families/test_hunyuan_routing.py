@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -80,26 +82,45 @@ class Layer(nn.Module):
         return ((rows[0] - 0.5 * rows[1]).transpose(1, 2).unflatten(2, picture.shape[2:]),)
 
 
-@pytest.mark.parametrize("block", [0, 8])
-def test_exported_experts(block: int) -> None:
-    """Batches and sizes stay free, and every sample may have deltas of its own; against one sample and
-    expert at a time."""
-    axes = {"batch": Axis(1, 4), "delta_batch": Axis(1, 4, one_or="batch")}
-    axes |= {"height": Axis(2, 64), "width": Axis(2, 64)}
-    layer = Layer(block)
-    shapes = layer.spec.tensors()
+AXES = {
+    "batch": Axis(1, 4),
+    "delta_batch": Axis(1, 4, one_or="batch"),
+    "height": Axis(2, 64),
+    "width": Axis(2, 64),
+}
+
+
+def exported(layer: Layer) -> bytes:
+    """The layer as an ONNX model with its weights."""
     picture = TensorSpec("picture", "float32", ("batch", HIDDEN, "height", "width"))
     inputs = [picture, TensorSpec("gate", "float32", ("batch",))]
-    inputs += [TensorSpec(name, "float32", ("delta_batch", *shape)) for name, shape in shapes.items()]
+    shapes = layer.spec.tensors().items()
+    inputs += [TensorSpec(name, "float32", ("delta_batch", *shape)) for name, shape in shapes]
     outputs = [TensorSpec("out", "float32", picture.shape)]
-    traced = trace(GraphSpec("experts", layer, inputs, outputs), axes)
-    check(traced.model, axes, inputs, outputs)
+    traced = trace(GraphSpec("experts", layer, inputs, outputs), AXES)
+    check(traced.model, AXES, inputs, outputs)
     state = layer.state_dict()
     assert {name for name in traced.initializers if "proj" in name} == {n for n in state if "proj" in n}
     for name in traced.initializers:
         value = traced.model.graph.initializers[name]
         value.const_value = ir.tensor(state[name].numpy(), name=name)
-    session = ort.InferenceSession(ir.to_proto(traced.model).SerializeToString())
+    model: bytes = ir.to_proto(traced.model).SerializeToString()
+    return model
+
+
+@pytest.fixture(scope="module")
+def gathered() -> tuple[Layer, bytes]:
+    layer = Layer(8)
+    return layer, exported(layer)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_exported_experts(dense: bool, gathered: tuple[Layer, bytes]) -> None:
+    """Batches and sizes stay free, and every sample may have deltas of its own; against one sample and
+    expert at a time."""
+    layer, model = (layer := Layer(0), exported(layer)) if dense else gathered
+    shapes = layer.spec.tensors()
+    session = ort.InferenceSession(model)
     rng = np.random.default_rng(0)
     for batch, sets, height, width in ((1, 1, 2, 2), (2, 1, 5, 7), (3, 3, 12, 20), (1, 1, 40, 33)):
         feed = {"picture": rng.standard_normal((batch, HIDDEN, height, width)).astype(np.float32)}
@@ -109,6 +130,24 @@ def test_exported_experts(block: int) -> None:
         found = session.run(None, feed)[0]
         for sample in range(batch):
             np.testing.assert_allclose(found[sample], _one(layer, feed, sample), rtol=0, atol=2e-4)
+
+
+@pytest.mark.rtx
+def test_tensorrt_rtx_compiles_gathered_experts(gathered: tuple[Layer, bytes]) -> None:
+    """All shapes, those of the blocks too, follow from the sizes of the inputs."""
+    pytest.importorskip("tensorrt_rtx")
+    from hywu_export.engines.tensorrt import Settings, TensorRT
+
+    layer, model = gathered
+    profile = {"picture": [(1, HIDDEN, 2, 2), (1, HIDDEN, 16, 16), (4, HIDDEN, 64, 64)]}
+    profile["gate"] = [(1,), (1,), (4,)]
+    profile |= {name: [(1, *s), (1, *s), (4, *s)] for name, s in layer.spec.tensors().items()}
+    with open(os.devnull, "w") as log:
+        tensorrt = TensorRT("tensorrt-rtx", log)
+        plan = tensorrt.compile(
+            tensorrt.parse(model), profile, Settings(compute_capabilities=("8.9",))
+        )
+    assert len(plan) > 10_000
 
 
 def _one(layer: Layer, feed: dict[str, np.ndarray], sample: int) -> np.ndarray:

@@ -262,6 +262,11 @@ def _operator_model(operator: str) -> bytes:
     elif operator == "Gather":
         constants = {"i": np.array([0, 2])}
         attributes = {"axis": 1}
+    elif operator == "GatherElements":
+        constants, attributes = {"i": np.zeros((1, 2, 8, 8), np.int64)}, {"axis": 1}
+    elif operator == "ScatterElements":
+        attributes = {"axis": 1}
+        constants = {"i": np.array([[[[2]]]]), "u": np.ones((1, 1, 1, 1), np.float32)}
     elif operator == "Gemm":
         inputs, constants = [("x", floats, ["batch", 8])], {"w": np.ones((8, 4), np.float32)}
     elif operator == "InstanceNormalization":
