@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
 class Picked(NamedTuple):
-    """The experts of blocks of rows: their numbers, int64 ``[batch, blocks]``, and the same as zeros and ones
-    ``[batch, blocks, experts]``."""
+    """The experts of blocks of rows: their numbers, int64 ``[batch, pieces, blocks of a piece]``, and the same
+    as zeros and ones ``[batch, blocks, experts]``."""
 
     number: Tensor
     hit: Tensor
@@ -31,7 +32,8 @@ class ExpertLinear(nn.Module):
 
         Args:
             x: ``[batch, experts, n, in]``, or ``[batch, 1, n, in]`` where all experts read the same; if some
-                were picked, a block of n rows for each: ``[batch, blocks, n, in]``.
+                were picked, a block of n rows for each: ``[batch, blocks, n, in]``. Pieces are multiplied one
+                after the other: only one holds its copies of weights.
             weight: ``[experts, out, in]``.
         Returns:
             ``[batch, experts or blocks, n, out]``.
@@ -39,8 +41,13 @@ class ExpertLinear(nn.Module):
         turned = weight.transpose(1, 2)
         if picked is None:
             return x @ turned
-        own: Tensor = turned.index_select(0, picked.number.flatten())
-        return x @ own.unflatten(0, picked.number.shape)  # type: ignore[no-untyped-call]
+        batch, pieces, each = picked.number.shape
+        parts = x.unflatten(1, (pieces, each))  # type: ignore[no-untyped-call]
+        made = []
+        for piece in range(pieces):
+            own = turned.index_select(0, picked.number[:, piece].flatten())
+            made.append(parts[:, piece] @ own.unflatten(0, (batch, each)))  # type: ignore[no-untyped-call]
+        return torch.cat(made, dim=1)
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hywu_export.deltas.experts import ExpertLinear, Picked
 from hywu_export.families.hunyuan.config import HunyuanConfig
-from hywu_export.families.hunyuan.routing import PIECES, block_size, group, take
+from hywu_export.families.hunyuan.routing import block_size, group, take
 from hywu_export.tracing.stacks import Stack
 
 
@@ -83,15 +83,11 @@ class Experts(Stack):
 
     def _gathered(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         groups = group(chosen, self.count, self.block)
-        weights = self._weights()
-        rows = take(x, groups.token).unflatten(0, (*groups.expert.shape, self.block))  # type: ignore[no-untyped-call]
-        made = []
-        for piece in range(PIECES):
-            number = groups.expert[:, piece]
-            hit = (number.unsqueeze(-1) == torch.arange(self.count)).to(x.dtype)
-            made.append(self._run(rows[:, piece], weights, Picked(number, hit)))
-        slots = torch.cat(made, 1).flatten(1, 2)  # [batch, slots, hidden]
-        pairs = take(slots, groups.slot.flatten(1)).unflatten(0, shares.shape)  # type: ignore[no-untyped-call]
+        number = groups.expert.flatten(1)
+        rows = take(x, groups.token).unflatten(0, (*number.shape, self.block))  # type: ignore[no-untyped-call]
+        hit = (number.unsqueeze(-1) == torch.arange(self.count)).to(x.dtype)
+        made = self._run(rows, self._weights(), Picked(groups.expert, hit)).flatten(1, 2)
+        pairs = take(made, groups.slot.flatten(1)).unflatten(0, shares.shape)  # type: ignore[no-untyped-call]
         weighted: Tensor = shares.unsqueeze(-2).to(x.dtype) @ pairs
         return weighted.squeeze(-2)
 

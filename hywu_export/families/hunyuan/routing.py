@@ -18,8 +18,8 @@ from torch import Tensor
 BLOCK = 256
 """Tokens of a block. A smaller one copies an expert's weights more often, a larger one computes more in
 vain."""
-PIECES = 4
-"""Parts that the blocks are computed in, one after the other: only one holds its copies of weights."""
+PIECES = 2
+"""Parts that a projection of the blocks is computed in: only one at a time holds its copies of weights."""
 CHUNK = 128  # tokens that are counted by one product; BF16 holds integers up to 256
 
 
