@@ -2,9 +2,10 @@
 
     python -m tools.check_graphs BUNDLE
 
-ONNX refuses links as external data, so the checker sees stand-ins where the graph says its weights are: files as
-long as those of the checkpoint, of which it reads nothing. Prints, for each graph, its nodes, its initializers, the bytes of weights that it
-refers to, and the CPU seconds and the process's largest memory of both.
+ONNX refuses links as external data, so the checker sees stand-ins where the graph says its weights are: files
+as long as those of the checkpoint, of which it reads nothing. Prints, for each graph, its nodes and how many
+of their results have an inferred shape, its initializers, the bytes of weights that it refers to, CPU
+seconds, and the process's largest memory so far.
 """
 
 from __future__ import annotations
@@ -84,15 +85,16 @@ def _view(bundle: Bundle, source: GraphSource) -> Iterator[Path]:
 @click.option("--base", type=click.Path(path_type=Path), help="Where linked weights are, if elsewhere.")
 def main(bundle: Path, base: Path | None) -> None:
     opened = Bundle.open(bundle, sources={} if base is None else {"base": base})
-    click.echo("| graph | nodes | initializers | weights, GB | CPU s | peak, GB |\n|---|---|---|---|---|---|")
+    click.echo("| graph | nodes | with a shape | initializers | weights, GB | CPU s | peak, GB |")
+    click.echo("|---|---|---|---|---|---|---|")
     for name in opened.manifest.graphs:
         start = time.process_time()
         found = check_graph(opened, name)
         seconds = time.process_time() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         click.echo(
-            f"| {name} | {found.nodes} | {found.initializers} | {found.external_bytes / 1e9:.2f} "
-            f"| {seconds:.1f} | {peak:.2f} |"
+            f"| {name} | {found.nodes} | {found.shaped} | {found.initializers} "
+            f"| {found.external_bytes / 1e9:.2f} | {seconds:.1f} | {peak:.2f} |"
         )
 
 

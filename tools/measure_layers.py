@@ -1,12 +1,11 @@
-"""A few layers of HunyuanImage-3.0 in their public width, with real numbers: what ONNX Runtime computes, against
-torch.
+"""A few layers of HunyuanImage-3.0 in their public width, with real numbers: ONNX Runtime against torch.
 
     python -m tools.measure_layers FOLDER [--layers 1] [--experts 8] [--top-k 2] [--size 512]
 
-Makes a checkpoint in BF16 with random weights, exports it with its weights linked, and runs vision, prefill and
-two guided steps from the bundle, with deltas of rank 16 on every target. torch runs the same network in float32
-on the whole sequence, without cache, every expert on every token. Prints the largest difference and the root
-of the mean square of it, each relative to that of torch's result.
+Makes a checkpoint in BF16 with random weights, exports it with its weights linked, and runs vision, prefill
+and two guided steps from the bundle, with deltas of rank 16 on every target. torch runs the same network in
+float32 on the whole sequence, without cache, every expert on every token. Prints the largest difference and
+the root of the mean square of it, each relative to that of torch's result.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Inputs:
 
 
 def make_checkpoint(folder: Path, layers: int, experts: int, top_k: int, **settings: Any) -> None:
-    """A checkpoint with few patches and few words, and a VAE that is not run; ``settings`` replace more of it."""
+    """A checkpoint with few patches and words, and a VAE that is not run; ``settings`` replace more."""
     few: dict[str, Any] = {
         "num_hidden_layers": layers,
         "num_experts": experts,
@@ -80,7 +79,7 @@ def make_inputs(family: HunyuanImage3Instruct, spec: DeltaSpec, size: int) -> In
     patches = torch.from_numpy(normal(1, count, config.vision.patch_features))
     photo = reference.Photo(torch.from_numpy(normal(1, config.latent_channels, side, side)), patches, (8, 6))
     words = reference.texts(family.tokens, list(range(1, 21)))
-    # A of variance 1 / in and B small: what deltas add is a few hundredths of what weights give, as in training.
+    # A of variance 1 / in, and B small: deltas add a few hundredths of what weights give.
     deltas = {
         name: normal(1, *shape) * np.float32(0.02 if name.endswith("B") else shape[-1] ** -0.5)
         for name, shape in spec.tensors().items()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 class Picked(NamedTuple):
-    """The experts of blocks of rows: their numbers, int64 ``[batch, pieces, blocks of a piece]``, and the same
-    as zeros and ones ``[batch, blocks, experts]``."""
+    """The experts of blocks of rows: their numbers, int64 ``[batch, pieces, blocks of a piece]``, and the
+    same as zeros and ones, ``[batch, blocks, experts]``."""
 
     number: Tensor
     hit: Tensor

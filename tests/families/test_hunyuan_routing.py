@@ -144,9 +144,7 @@ def test_tensorrt_rtx_compiles_gathered_experts(gathered: tuple[Layer, bytes]) -
     profile |= {name: [(1, *s), (1, *s), (4, *s)] for name, s in layer.spec.tensors().items()}
     with open(os.devnull, "w") as log:
         tensorrt = TensorRT("tensorrt-rtx", log)
-        plan = tensorrt.compile(
-            tensorrt.parse(model), profile, Settings(compute_capabilities=("8.9",))
-        )
+        plan = tensorrt.compile(tensorrt.parse(model), profile, Settings(compute_capabilities=("8.9",)))
     assert len(plan) > 10_000
 
 

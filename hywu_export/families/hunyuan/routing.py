@@ -29,6 +29,14 @@ def block_size(experts: int, top_k: int, tokens: int) -> int:
     return BLOCK if 2 * (tokens * top_k + experts * BLOCK) <= tokens * experts else 0
 
 
+def blocks_of_a_piece(pairs: int, experts: int, block: int) -> int:
+    """How many there are: together no fewer than ``pairs // block + experts``.
+
+    Written so that torch.export sees that it cannot be 1, a size that it would treat apart.
+    """
+    return pairs // (block * PIECES) + (experts + 2 * PIECES - 2) // PIECES
+
+
 class Groups(NamedTuple):
     """Where tokens go.
 
@@ -46,8 +54,7 @@ class Groups(NamedTuple):
 def group(chosen: Tensor, experts: int, block: int) -> Groups:
     """Sort the pairs of ``chosen``, int64 ``[batch, n, k]``: k different experts for every token."""
     batch, n, k = chosen.shape
-    # Written so that torch.export sees that no size can be 1, which it would treat apart.
-    each = n * k // (block * PIECES) + (experts + 2 * PIECES - 2) // PIECES
+    each = blocks_of_a_piece(n * k, experts, block)
     blocks = each * PIECES
     kinds = torch.arange(experts)
     rank, count = _counted((chosen.unsqueeze(-1) == kinds).to(torch.int64).sum(2))
@@ -58,7 +65,8 @@ def group(chosen: Tensor, experts: int, block: int) -> Groups:
     expert = (first.unsqueeze(1) <= torch.arange(blocks).unsqueeze(-1)).to(torch.int64).sum(-1) - 1
     token = torch.arange(n).unsqueeze(1).expand(-1, k).flatten().expand(batch, -1)
     empty = torch.zeros_like(slot[:, :1, 0]).expand(-1, blocks * block)
-    return Groups(empty.scatter(1, slot.flatten(1), token), expert.unflatten(1, (PIECES, each)), slot)
+    pieces = expert.unflatten(1, (PIECES, each))  # type: ignore[no-untyped-call]
+    return Groups(empty.scatter(1, slot.flatten(1), token), pieces, slot)
 
 
 def _counted(hit: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +74,8 @@ def _counted(hit: Tensor) -> tuple[Tensor, Tensor]:
     n = hit.shape[1]
     chunks = n // CHUNK + 2
     padded = F.pad(hit.to(torch.float32), (0, 0, 0, 2 * CHUNK))[:, : chunks * CHUNK]
-    within = torch.ones(CHUNK, CHUNK).tril() @ padded.unflatten(1, (chunks, CHUNK))
+    parts = padded.unflatten(1, (chunks, CHUNK))  # type: ignore[no-untyped-call]
+    within = torch.ones(CHUNK, CHUNK).tril() @ parts
     upto = within.to(torch.int64)
     total = upto[:, :, -1]
     order = torch.arange(chunks)
