@@ -26,8 +26,8 @@ from hywu_export.tracing import Axis, GraphSpec, TensorSpec, trace
 
 
 class Layer(nn.Module):
-    """Router and experts with deltas, gathered in blocks, or dense with ``block`` 0; inputs are tokens ``[batch,
-    height, width, hidden]``, the gate and the deltas."""
+    """Router and experts with deltas, gathered in blocks, or dense with ``block`` 0; inputs are tokens
+    ``[batch, height, width, hidden]``, the gate and the deltas."""
 
     def __init__(self, experts: int, top_k: int, hidden: int, width: int, block: int):
         super().__init__()
