@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -17,6 +18,7 @@ from hywu_export.deltas import DeltaSpec, inject
 from hywu_export.families.hunyuan.experts import Experts, Router
 from hywu_export.families.hunyuan.routing import BLOCK, PIECES, block_size, group
 from hywu_export.passes import check
+from hywu_export.passes.half import Half, emulate, to_half
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, trace
 
 EXPERTS, TOP, HIDDEN, WIDTH, RANK = 6, 2, 16, 24, 2
@@ -114,6 +116,7 @@ def gathered() -> tuple[Layer, bytes]:
     return layer, exported(layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 def test_exported_experts(dense: bool, gathered: tuple[Layer, bytes]) -> None:
     """Batches and sizes stay free, and every sample may have deltas of its own; against one sample and
@@ -132,6 +135,28 @@ def test_exported_experts(dense: bool, gathered: tuple[Layer, bytes]) -> None:
             np.testing.assert_allclose(found[sample], _one(layer, feed, sample), rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tolerance"), [("fp16", 1e-3), ("bf16", 1e-2)])
+def test_routing_is_exact_in_half_precision(
+    kind: Half, tolerance: float, gathered: tuple[Layer, bytes]
+) -> None:
+    """With more tokens than these types count. Rounded scores choose another expert for a few of them."""
+    layer, model = gathered
+    rng = np.random.default_rng(0)
+    feed = {"picture": rng.standard_normal((1, HIDDEN, 64, 64)).astype(np.float32)}
+    feed["gate"] = np.ones(1, np.float32)
+    for name, shape in layer.spec.tensors().items():
+        feed[name] = 0.1 * rng.standard_normal((1, *shape)).astype(np.float32)
+    narrow = emulate(to_half(ir.from_proto(onnx.load_model_from_string(model)), kind))
+    expected, found = (
+        ort.InferenceSession(data).run(None, feed)[0]
+        for data in (model, ir.to_proto(narrow).SerializeToString())
+    )
+    apart = np.abs(found - expected) / np.abs(expected).max()
+    assert np.quantile(apart, 0.95) < tolerance
+
+
+@pytest.mark.slow
 @pytest.mark.rtx
 def test_tensorrt_rtx_compiles_gathered_experts(gathered: tuple[Layer, bytes]) -> None:
     """All shapes, those of the blocks too, follow from the sizes of the inputs."""
