@@ -1,6 +1,6 @@
 """ONNX's own checker and shape inference on every graph of a bundle, whatever the size of its weights.
 
-    python -m tools.check_graphs BUNDLE
+    python -m tools.check_graphs BUNDLE --source base=DIR
 
 ONNX refuses links as external data, so the checker sees stand-ins where the graph says its weights are: files
 as long as those of the checkpoint, of which it reads nothing. Prints, for each graph, its nodes and how many
@@ -28,7 +28,8 @@ from hywu_runtime.bundle import Bundle
 
 @dataclass(frozen=True)
 class Checked:
-    """What a graph has: nodes, initializers, bytes of external data, values whose shape was inferred."""
+    """What a graph has: nodes, initializers, bytes of external data, results of nodes whose shape was
+    inferred."""
 
     nodes: int
     initializers: int
@@ -58,7 +59,9 @@ def check_graph(bundle: Bundle, name: str) -> Checked:
         for entry in tensor.external_data
         if entry.key == "length"
     ]
-    shaped = sum(value.type.tensor_type.HasField("shape") for value in inferred.graph.value_info)
+    results = {name for node in model.graph.node for name in node.output}
+    shapes = (*inferred.graph.value_info, *inferred.graph.output)
+    shaped = sum(value.name in results and value.type.tensor_type.HasField("shape") for value in shapes)
     return Checked(len(model.graph.node), len(model.graph.initializer), sum(lengths), shaped)
 
 
@@ -82,9 +85,9 @@ def _view(bundle: Bundle, source: GraphSource) -> Iterator[Path]:
 
 @click.command(help=__doc__)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="Where linked weights are, if elsewhere.")
-def main(bundle: Path, base: Path | None) -> None:
-    opened = Bundle.open(bundle, sources={} if base is None else {"base": base})
+@click.option("--source", "sources", multiple=True, help="NAME=DIR of linked weights: base=…, generator=…")
+def main(bundle: Path, sources: tuple[str, ...]) -> None:
+    opened = Bundle.open(bundle, sources=dict(source.split("=", 1) for source in sources))
     click.echo("| graph | nodes | with a shape | initializers | weights, GB | CPU s | peak, GB |")
     click.echo("|---|---|---|---|---|---|---|")
     for name in opened.manifest.graphs:

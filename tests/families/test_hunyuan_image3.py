@@ -138,7 +138,7 @@ def test_every_graph_is_valid_onnx(made: Made) -> None:
     index = SafetensorsIndex.from_folder(made.base)
     experts = sum(tensor.length for name, tensor in index.items() if ".mlp.experts." in name)
     assert found["step"].external_bytes > experts
-    assert found["step"].shaped > found["step"].nodes / 2
+    assert all(graph.shaped >= graph.nodes for graph in found.values())
 
 
 @pytest.mark.slow
