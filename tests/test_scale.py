@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from hywu_export.bundle.sources import SafetensorsIndex
 from hywu_export.deltas import DeltaSpec
 from hywu_export.families.base import Limits
-from tools.sparse_checkpoints import write_generator, write_instruct_pix2pix
+from tools.sparse_checkpoints import write_generator, write_hunyuan_image3, write_instruct_pix2pix
 from tools.sparse_flux_kontext import write_flux_kontext
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,42 @@ def test_sparse_kontext_is_the_public_one(tmp_path: Path) -> None:
     assert disk_bytes(tmp_path) < 10**6
 
 
+def test_sparse_hunyuan_is_the_public_one(tmp_path: Path) -> None:
+    write_hunyuan_image3(tmp_path)
+    index = SafetensorsIndex.from_folder(tmp_path)
+    total = sum(tensor.length for tensor in index.values()) // 2
+    experts = sum(tensor.length for name, tensor in index.items() if ".mlp.experts." in name) // 2
+    assert experts == 32 * 64 * 3 * 4096 * 3072
+    assert 80e9 < total < 84e9  # published as 80 billion, of which a token uses 13 billion: the decoder's
+    decoder = sum(t.length for name, t in index.items() if name.startswith(("model.", "lm_head."))) // 2
+    assert round((decoder - experts + experts * 8 // 64) / 1e9) == 13
+    assert len(index.files) == 34
+    assert disk_bytes(tmp_path) < 2 * 10**6
+
+
+@pytest.mark.slow
+def test_a_layer_of_64_experts_is_few_nodes(tmp_path: Path) -> None:
+    """In full width. What torch.export and the graph have of it does not grow with the experts."""
+    from hywu_export.families import open_base
+    from hywu_export.passes import check
+    from hywu_export.tracing import trace
+
+    write_hunyuan_image3(tmp_path, settings={"num_hidden_layers": 1})
+    family = open_base(tmp_path)
+    component = family.components["transformer"]
+    spec = DeltaSpec.from_patterns(component.module, family.default_targets, 16)
+    plan = family.plan(spec, Limits(), None, 7)
+    graph = next(graph for graph in plan.graphs if graph.name == "step_unguided")
+    start = peak_bytes()
+    traced = trace(graph, plan.axes)
+    check(traced.model, plan.axes, traced.inputs, traced.outputs, traced.name)
+    assert peak_bytes() - start < GIGABYTE  # a set of deltas alone is 90 MB, the layer 10 GB
+    experts = [name for name in traced.initializers if ".mlp.experts." in name]
+    assert len(experts) == 128
+    assert {name.removeprefix("transformer.") for name in traced.initializers} <= set(component.index)
+    assert len(traced.model.graph) < 700
+
+
 @pytest.mark.slow
 def test_linked_generator_of_full_size(tmp_path: Path) -> None:
     write_generator(tmp_path / "generator")
@@ -108,6 +145,11 @@ def export(*arguments: object) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     measured: dict[str, Any] = json.loads(done.stdout)
     return measured
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def disk_bytes(folder: Path) -> int:

@@ -15,11 +15,12 @@ import zlib
 from pathlib import Path
 
 import click
+import ml_dtypes
 import numpy as np
 
 from hywu_export.bundle.sources import SafetensorsIndex
 
-_DTYPES = {"F32": np.float32, "F16": np.float16}
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PIECE = 1 << 22  # numbers made at a time
 
 
@@ -35,7 +36,8 @@ def fill(path: Path, seed: int) -> None:
         generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
         for start in range(0, data.size, _PIECE):
             piece = data[start : start + _PIECE]
-            piece[:] = generator.standard_normal(piece.size, np.float32) * np.float32(deviation)
+            made = generator.standard_normal(piece.size, np.float32) * np.float32(deviation)
+            piece[:] = made.astype(dtype)
 
 
 def _deviation(name: str, shape: tuple[int, ...]) -> float | None:

@@ -144,9 +144,10 @@ class _Branch(ABC):
         if self.active is None:
             return None
         x: Tensor = args[0] if args else kwargs["input"]
-        a, b, gate, rows = self.active
+        _, _, gate, rows = self.active
         self._check_batch(x.shape[0], self.active)
         batch = x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
+        a, b = self._matrices(args, self.active)
         gate = None if gate is None else gate.to(x.dtype)
         return self._add(output, batch, a.to(x.dtype), b.to(x.dtype), gate)
 
@@ -156,6 +157,10 @@ class _Branch(ABC):
         if gate is not None:
             low = low * gate.reshape(-1, *[1] * (low.ndim - 2))
         return output + self._up(low, b).reshape(output.shape)
+
+    def _matrices(self, args: tuple[Any, ...], active: _Active) -> tuple[Tensor, Tensor]:
+        """A and B for what the module was called with."""
+        return active.a, active.b
 
     def _check_batch(self, batch: int, active: _Active) -> None:
         if batch % active.rows:
@@ -258,13 +263,28 @@ class _ConvBranch(_Branch):
 
 
 class _ExpertsBranch(_Branch):
-    """``[rows, B, E or 1, n, in]``: every expert has its own A and B, as it has its own weight."""
+    """``[rows, B, E or 1, n, in]``: every expert has its own A and B, as it has its own weight.
+
+    Where blocks of rows have picked experts, ``[rows, B, blocks, n, in]``, each gets A and B of its own by a
+    product with zeros and ones, which broadcasts over the sets of deltas as the other products do.
+    """
+
+    def _matrices(self, args: tuple[Any, ...], active: _Active) -> tuple[Tensor, Tensor]:
+        picked = args[2] if len(args) > 2 else None
+        if picked is None:
+            return active.a, active.b
+        hit = picked.hit.reshape(active.rows, picked.hit.shape[0] // active.rows, *picked.hit.shape[1:])
+        a, b = (
+            (hit @ tensor.to(hit.dtype).flatten(2)).unflatten(-1, tensor.shape[2:])
+            for tensor in (active.a, active.b)
+        )
+        return a, b
 
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
-        return x @ a.transpose(2, 3)
+        return x @ a.transpose(-2, -1)
 
     def _up(self, low: Tensor, b: Tensor) -> Tensor:
-        return low @ b.transpose(2, 3)
+        return low @ b.transpose(-2, -1)
 
 
 def _pads(module: nn.Conv2d) -> list[int]:

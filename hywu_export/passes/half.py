@@ -86,8 +86,8 @@ def to_half(model: ir.Model, dtype: Half, wide: Collection[str] = ()) -> ir.Mode
             assert value is not None
             if types[value] != to and node.op_type not in ("Cast", "Shape"):
                 node.replace_input_with(index, cast(value, to))
-        for output in node.outputs:
-            types[output] = _output_type(node, types)
+        for index, output in enumerate(node.outputs):
+            types[output] = _output_type(node, types, index)
             if not output.is_graph_output() and _is_floating(output.dtype):
                 output.type = ir.TensorType(to)
     for index, output in enumerate(graph.outputs):
@@ -236,16 +236,16 @@ def value_types(graph: ir.Graph) -> Types:
     """The type of every value, as far as it matters which floating-point one it is."""
     types: Types = {v: v.dtype for v in (*graph.inputs, *graph.initializers.values())}
     for node in graph:
-        for output in node.outputs:
-            types[output] = _output_type(node, types)
+        for index, output in enumerate(node.outputs):
+            types[output] = _output_type(node, types, index)
     return types
 
 
-def _output_type(node: ir.Node, types: Types) -> ir.DataType | None:
-    """The type of a node's outputs from those of its inputs."""
+def _output_type(node: ir.Node, types: Types, index: int) -> ir.DataType | None:
+    """The type of one of a node's outputs from those of its inputs."""
     if node.op_type == "Cast":
         return ir.DataType(node.attributes["to"].as_int())
-    if node.op_type in ("Shape", "ArgMax"):
+    if node.op_type in ("Shape", "ArgMax") or (node.op_type == "TopK" and index == 1):
         return ir.DataType.INT64
     if node.op_type in (
         "Equal",

@@ -43,6 +43,7 @@ OPERATORS = frozenset(
         "Expand",
         "Floor",
         "Gather",
+        "GatherElements",
         "Gelu",
         "Gemm",
         "Greater",
@@ -73,6 +74,7 @@ OPERATORS = frozenset(
         "Reshape",
         "Resize",
         "Round",
+        "ScatterElements",
         "Shape",
         "Sigmoid",
         "Sin",
@@ -94,9 +96,9 @@ OPERATORS = frozenset(
 MORE_OPERATORS = OPERATORS | frozenset(
     """
     Acos Acosh ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu ConvTranspose Cosh
-    CumSum DepthToSpace Einsum Elu GatherElements GatherND GlobalAveragePool GlobalMaxPool GridSample
+    CumSum DepthToSpace Einsum Elu GatherND GlobalAveragePool GlobalMaxPool GridSample
     GroupNormalization HardSigmoid HardSwish IsInf LeakyRelu LogSoftmax MaxPool Mean Mish Mod OneHot PRelu
-    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMin ReduceProd ReduceSumSquare ScatterElements
+    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMin ReduceProd ReduceSumSquare
     ScatterND Selu Sign Sinh Size Softplus Softsign SpaceToDepth Sum Tan ThresholdedRelu Tile TopK Trilu Xor
     """.split()  # noqa: SIM905
 )

@@ -20,9 +20,11 @@ from hywu_export.passes.cleaning import clean
 from hywu_export.passes.delta_axis import free_delta_axis
 from hywu_export.passes.naming import name_by_scope
 from hywu_export.passes.quiet import quiet
+from hywu_export.passes.stacks import unstack
 from hywu_export.tracing.fake import traceable
 from hywu_export.tracing.sizes import Sizes
 from hywu_export.tracing.spec import DTYPES, TILE, Axis, GraphSpec, Inferred, TensorSpec, resolve_axis
+from hywu_export.tracing.stacks import traced_whole
 from hywu_runtime.errors import UnsupportedError
 
 OPSET = 20
@@ -84,8 +86,9 @@ def trace(spec: GraphSpec, axes: Mapping[str, Axis]) -> TracedGraph:
 
 
 def _trace(spec: GraphSpec, sizes: _Sizes, axes: Mapping[str, Axis]) -> TracedGraph:
-    arguments = tuple(torch.zeros(sizes.example(t), dtype=getattr(torch, t.dtype)) for t in spec.inputs)
-    with traceable(spec.module), torch.no_grad():
+    # Of NumPy, whose zeros take no memory until they are touched: the deltas of a large model are gigabytes.
+    arguments = tuple(torch.from_numpy(np.zeros(sizes.example(t), t.dtype)) for t in spec.inputs)
+    with traced_whole(spec.module) as stacks, traceable(spec.module), torch.no_grad():
         try:
             program = torch.export.export(
                 spec.module, arguments, dynamic_shapes=sizes.dynamic_shapes(), strict=False
@@ -123,6 +126,8 @@ def _trace(spec: GraphSpec, sizes: _Sizes, axes: Mapping[str, Axis]) -> TracedGr
             for value, shape in shapes.items()
         }
     types = {value: value.dtype for value in shapes}
+    unstack(model, stacks)
+    parameters = parameters - set(stacks) | {part for parts in stacks.values() for part in parts}
     name_by_scope(model, parameters)
     if spec.tile is not None:
         model.metadata_props[TILE] = str(spec.tile)

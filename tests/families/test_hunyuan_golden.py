@@ -211,8 +211,9 @@ def test_the_exported_program(editor: Editor, given: Any, expected: Any, mode: s
         close(found[name], expected[f"pg.{name}"] * scale[name[-1]])
 
 
+@pytest.mark.parametrize("block", [0, 4])
 @pytest.mark.parametrize("mode", ["base", "lora"])
-def test_expert_layer(mode: str) -> None:
+def test_expert_layer(mode: str, block: int) -> None:
     """One layer's experts, shared and routed, with deltas on all five projections; two samples at once."""
     data = load_file(MOE / "data.safetensors")
     settings = json.loads((MOE / "meta.json").read_text())["config"]
@@ -226,6 +227,7 @@ def test_expert_layer(mode: str) -> None:
         }
     )
     layer = MixtureOfExperts(config).requires_grad_(False)
+    layer.experts.block = block
     prefix = "weights.mlp."
     layer.load_state_dict({k.removeprefix(prefix): v for k, v in data.items() if k.startswith(prefix)})
     x = data["input.hidden_states"]

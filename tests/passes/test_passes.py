@@ -216,6 +216,34 @@ def test_cast_weights_keeps_the_result() -> None:
     assert len(model.graph) == 4
 
 
+def test_cast_weights_puts_together_what_is_stored_alike() -> None:
+    model = model_of(
+        "g (float[batch, 4] x) => (float[batch, 2] y)"
+        " <float[2, 2] a = {0,0,0,0}, float[2, 2] b = {0,0,0,0}, float[2, 2] c = {0,0,0,0}>"
+        " { w = Concat<axis = 0>(a, b) p = MatMul(x, w) v = Concat<axis = 0>(b, c) q = MatMul(x, v)"
+        " y = Add(p, q) }"
+    )
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((2, 2)).astype(np.float16) for name in "abc"}
+    x = rng.standard_normal((3, 4)).astype(np.float32)
+
+    def fill(dtype: type) -> None:
+        for name, value in weights.items():
+            model.graph.initializers[name].const_value = ir.tensor(value.astype(dtype), name=name)
+
+    two = model.clone()
+    cast_weights(two, dict.fromkeys("abc", ir.DataType.FLOAT16))  # b is read twice: each for itself
+    assert [node.op_type for node in two.graph][:3] == ["Cast"] * 3
+    model.graph[2].replace_input_with(0, model.graph.initializers["c"])
+    fill(np.float32)
+    expected = run(model, x=x)[0]
+    cast_weights(model, dict.fromkeys("abc", ir.DataType.FLOAT16))
+    product = ["Concat", "Cast", "MatMul"]
+    assert [node.op_type for node in model.graph] == [*product, *product, "Add"]
+    fill(np.float16)
+    np.testing.assert_array_equal(run(model, x=x)[0], expected)
+
+
 def _operator_model(operator: str) -> bytes:
     """The smallest model with an operator, in a form that editors use."""
     floats, ints, bools = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -262,6 +290,11 @@ def _operator_model(operator: str) -> bytes:
     elif operator == "Gather":
         constants = {"i": np.array([0, 2])}
         attributes = {"axis": 1}
+    elif operator == "GatherElements":
+        constants, attributes = {"i": np.zeros((1, 2, 8, 8), np.int64)}, {"axis": 1}
+    elif operator == "ScatterElements":
+        attributes = {"axis": 1}
+        constants = {"i": np.array([[[[2]]]]), "u": np.ones((1, 1, 1, 1), np.float32)}
     elif operator == "Gemm":
         inputs, constants = [("x", floats, ["batch", 8])], {"w": np.ones((8, 4), np.float32)}
     elif operator == "InstanceNormalization":

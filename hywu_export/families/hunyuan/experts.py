@@ -6,14 +6,14 @@ the three parts of an expert, under which a generator makes deltas, are w1 (gate
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hywu_export.deltas.experts import ExpertLinear
+from hywu_export.deltas.experts import ExpertLinear, Picked
 from hywu_export.families.hunyuan.config import HunyuanConfig
+from hywu_export.families.hunyuan.routing import block_size, group, take
+from hywu_export.tracing.stacks import Stack
 
 
 class SharedMLP(nn.Module):
@@ -47,29 +47,22 @@ class Expert(nn.Module):
         self.down_proj = Weight(hidden, width)
 
 
-class Experts(nn.Module):
-    """All routed experts, each on every token: what the router left out gets the weight 0.
+class Experts(Stack):
+    """All routed experts, dense or gathered.
+
+    *Dense* runs each on every token: what the router left out gets the weight 0. *Gathered*, with a ``block``
+    of tokens, runs each on the tokens that chose it; see `routing`.
 
     Checkpoints hold every expert apart. They are stacked in the graph, which a runtime computes once, when it
     loads: nothing is copied on disk.
     """
 
-    def __init__(self, count: int, hidden: int, width: int):
-        super().__init__()
-        self.count, self.width = count, width
-        for index in range(count):
-            self.add_module(str(index), Expert(hidden, width))
+    def __init__(self, count: int, hidden: int, width: int, block: int = 0):
+        super().__init__([Expert(hidden, width) for _ in range(count)])
+        self.width, self.block = width, block
         self.w1 = ExpertLinear(count, hidden, width)
         self.w2 = ExpertLinear(count, width, hidden)
         self.w3 = ExpertLinear(count, hidden, width)
-
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """``[experts, 2 * width, hidden]`` and ``[experts, hidden, width]``."""
-        experts = [cast(Expert, self.get_submodule(str(index))) for index in range(self.count)]
-        return (
-            torch.stack([e.gate_and_up_proj.weight for e in experts]),
-            torch.stack([e.down_proj.weight for e in experts]),
-        )
 
     def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """The weighted sum of the chosen experts.
@@ -79,15 +72,35 @@ class Experts(nn.Module):
             chosen: which experts, int64 ``[batch, n, k]``.
             shares: their weights, float32 ``[batch, n, k]``.
         """
-        both, down = self.stacked()
-        tokens = x.unsqueeze(1)
-        up = self.w3(tokens, both[:, : self.width])
-        gate = self.w1(tokens, both[:, self.width :])
-        made = self.w2(up * F.silu(gate), down)  # [batch, experts, n, hidden]
+        return (self._gathered if self.block else self._dense)(x, chosen, shares)
+
+    def _dense(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        made = self._run(x.unsqueeze(1), self._weights(), None)  # [batch, experts, n, hidden]
         hit = chosen.unsqueeze(-1) == torch.arange(self.count)
         share = (hit * shares.unsqueeze(-1)).sum(2)  # [batch, n, experts]
         weighted: Tensor = made * share.transpose(1, 2).unsqueeze(-1).to(made.dtype)
         return weighted.sum(1)
+
+    def _gathered(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        groups = group(chosen, self.count, self.block)
+        number = groups.expert.flatten(1)
+        rows = take(x, groups.token).unflatten(0, (*number.shape, self.block))  # type: ignore[no-untyped-call]
+        hit = (number.unsqueeze(-1) == torch.arange(self.count)).to(x.dtype)
+        made = self._run(rows, self._weights(), Picked(groups.expert, hit)).flatten(1, 2)
+        pairs = take(made, groups.slot.flatten(1)).unflatten(0, shares.shape)  # type: ignore[no-untyped-call]
+        weighted: Tensor = shares.unsqueeze(-2).to(x.dtype) @ pairs
+        return weighted.squeeze(-2)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """``[experts, 2 * width, hidden]`` and ``[experts, hidden, width]``."""
+        return self.stacked("gate_and_up_proj.weight"), self.stacked("down_proj.weight")
+
+    def _run(self, x: Tensor, weights: tuple[Tensor, Tensor], picked: Picked | None) -> Tensor:
+        both, down = weights
+        up = self.w3(x, both[:, : self.width], picked)
+        gate = self.w1(x, both[:, self.width :], picked)
+        out: Tensor = self.w2(up * F.silu(gate), down, picked)
+        return out
 
 
 class Router(nn.Module):
@@ -112,7 +125,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.shared_mlp = SharedMLP(config.hidden_size, config.shared_size)
         self.gate = Router(config.hidden_size, config.num_experts, config.top_k)
-        self.experts = Experts(config.num_experts, config.hidden_size, config.expert_size)
+        block = block_size(config.num_experts, config.top_k, (config.base_size // config.downsample) ** 2)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.expert_size, block)
 
     def forward(self, x: Tensor) -> Tensor:
         chosen, shares = self.gate(x)
