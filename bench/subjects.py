@@ -95,7 +95,14 @@ def _export(base: Path, bundle: Path, mode: Any) -> None:
     from hywu_export import ExportOptions, export
 
     options = ExportOptions(
-        targets=TARGETS, max_rank=RANK, link_weights=True, deltas=mode, max_steps=20, steps=8, max_batch=4
+        targets=TARGETS,
+        max_rank=RANK,
+        link_weights=True,
+        deltas=mode,
+        samplers=("euler",),
+        max_steps=20,
+        steps=8,
+        max_batch=4,
     )
     bundle.parent.mkdir(parents=True, exist_ok=True)
     export(bundle, base, options=options)
