@@ -10,12 +10,13 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: help demo test cpp lint types check deps clean
+.PHONY: help demo test cpp bench lint types check deps clean
 
 help:
 	@echo 'make demo   export the demo pair and edit photographs: out/bundle/, out/gallery.png'
 	@echo 'make test   lint, types and all tests'
 	@echo 'make cpp    the C++ runtime: build and tests, sanitizers, fuzzing, aarch64, Windows'
+	@echo 'make bench  other ways to change weights per request, beside this one: out/bench/ (8 GB, 40 minutes)'
 	@echo 'make deps   what needs root (compilers, Debian libraries)'
 	@echo 'make clean  remove .venv/, out/, build/ and .sdk/'
 
@@ -47,6 +48,11 @@ check: lint types
 
 cpp: $(VENV)/.test
 	tools/cpp.sh
+
+bench: $(VENV)/.test
+	mkdir -p out/bench
+	$(BIN)/python -m bench --subject demo --subject 860m --subject generator --json out/bench/peers.json
+	$(BIN)/python -m bench.report out/bench/peers.json --plots out/bench/plots
 
 test: $(VENV)/.test check cpp
 	$(BIN)/python -m pytest -n auto
