@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_tools import answer
 from safetensors.numpy import load_file
 
 from hywu_export import ExportOptions, export
@@ -109,5 +110,8 @@ def test_a_generator_alone(stages: int, tmp_path: Path) -> None:
         with Editor.load(tmp_path / str(count), threads=1) as editor:
             made.append(editor.generate(inputs={"condition": conditions}))
     assert [graph.stage for graph in stages_of(manifest, "generator")] == list(range(stages))
+    checked = answer("verify", tmp_path / str(stages), "--generator", case)
+    assert [check["name"] for check in checked["checks"]] == ["generator"]
+    assert checked["ok"] is True
     for name, tensor in made[0].items():
         np.testing.assert_array_equal(made[1][name], tensor)

@@ -122,7 +122,9 @@ def _text(report: Report) -> str:
     if failed:
         verdict = f"{failed} of {plural(count, 'check')} failed"
     else:
-        verdict = f"all {plural(count, 'check')} passed" if count else "nothing was compared"
+        verdict = (
+            f"{'all ' * (count > 1)}{plural(count, 'check')} passed" if count else "nothing was compared"
+        )
     return "\n".join([*lines, verdict])
 
 

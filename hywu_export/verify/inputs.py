@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,18 +53,21 @@ def _size(name: str, axes: Mapping[str, Axis], roots: Mapping[str, int]) -> int:
 
 
 class RandomInputs:
-    """Random inputs of a graph, of the kind that a request has: token ids are those of prompts."""
+    """Random inputs of a graph, of the kind that a request has: token ids are those of prompts.
 
-    def __init__(self, bundle: Bundle, graph: GraphSpec):
+    ``parts`` are the bundle's graphs that it was parted into, if it was.
+    """
+
+    def __init__(self, bundle: Bundle, graph: GraphSpec, parts: Collection[str] = ()):
         self._bundle, self._graph = bundle, graph
         self._random = np.random.default_rng(SEED)
-        call = next(call for call in bundle.manifest.program if call.graph == graph.name)
         provided = bundle.manifest.tensors
-        self._provided: dict[str, ProvidedTensor] = {
-            name: provided[tensor]
-            for name, tensor in bundle.manifest.reads(call).items()
-            if tensor in provided
-        }
+        self._provided: dict[str, ProvidedTensor] = {}
+        for call in bundle.manifest.program:
+            if call.graph in (parts or (graph.name,)):
+                for name, tensor in bundle.manifest.reads(call).items():
+                    if tensor in provided:
+                        self._provided.setdefault(name, provided[tensor])
 
     def draw(self, sizes: Mapping[str, int]) -> dict[str, Array]:
         """Arrays by input name."""

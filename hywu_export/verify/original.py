@@ -120,7 +120,7 @@ def check_graph(bundle: Bundle, graph: GraphSpec, original: Original) -> Check:
         part: backend.load(bundle.file(declared.file), bundle.initializers(declared.file))
         for part, declared in parts.items()
     }
-    inputs = RandomInputs(bundle, graph)
+    inputs = RandomInputs(bundle, graph, parts)
     with quiet(), with_weights(graph.module, original.weights), torch.no_grad():
         for sizes in sizes_to_try(graph, original.plan.axes):
             arrays = inputs.draw(sizes)
