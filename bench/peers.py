@@ -82,7 +82,7 @@ class Pipeline:
         self.torch, self.subject, self.hotswap = torch, subject, hotswap
         self.picture: npt.NDArray[np.uint8] | None = None
         self.pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            subject.base, safety_checker=None, requires_safety_checker=False
+            subject.base, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
         )
         self.pipe.scheduler = EulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
         self.pipe.set_progress_bar_config(disable=True)
@@ -148,12 +148,14 @@ class Pipeline:
 class OrtAdapter:
     """ONNX Runtime's own LoRA support, as Olive uses it: an adapter file, mapped and handed to every run.
 
-    The graph is that of this project, whose delta inputs the adapter gives.
+    The graph is that of this project. Its delta inputs have zeros as defaults, which the adapter replaces:
+    without defaults ONNX Runtime asks for them among the inputs.
     """
 
     picture = None
 
     def __init__(self, subject: Subject):
+        import onnx
         import onnxruntime
 
         from hywu_runtime import Bundle
@@ -162,12 +164,19 @@ class OrtAdapter:
         self.subject, self.ort = subject, onnxruntime
         bundle = Bundle.open(subject.bundles["low-rank"], sources={"base": str(subject.base)})
         file = bundle.graph_file("step")
+        model = onnx.load(bundle.file(file), load_external_data=False)
+        read = set()
+        for value in model.graph.input:
+            if ".lora_" in value.name:
+                read.add(value.name)
+                shape = [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
+                zeros = np.zeros(shape, np.float32)
+                model.graph.initializer.append(onnx.numpy_helper.from_array(zeros, value.name))
+        graph = Path(f"{subject.bundles['low-rank']}.adaptable.onnx")
+        graph.write_bytes(model.SerializeToString())
         backend = OnnxRuntime("ort-cpu", 0, subject.threads)
-        self.session = backend.load(bundle.file(file), bundle.initializers(file))._session
+        self.session = backend.load(graph, bundle.initializers(file))._session
         self.feeds = step_inputs(bundle, subject, deltas=False)
-        prepared = bundle.manifest.deltas
-        assert prepared is not None
-        read = {value.name for value in self.session.get_inputs()}
         self.files = [Path(f"{subject.bundles['low-rank']}.{number}.onnx_adapter") for number in range(2)]
         for number, path in enumerate(self.files):
             adapter = onnxruntime.AdapterFormat()
@@ -215,7 +224,7 @@ class NewSession:
         self.bundle = Bundle.open(subject.bundles["low-rank"], sources={"base": str(subject.base)})
         file = self.bundle.graph_file("step")
         plain = without_deltas(onnx.load(self.bundle.file(file), load_external_data=False))
-        self.graph = subject.bundles["low-rank"] / "plain_step.onnx.tmp"
+        self.graph = Path(f"{subject.bundles['low-rank']}.plain.onnx")
         self.graph.write_bytes(plain.SerializeToString())
         names = {initializer.name for initializer in plain.graph.initializer}
         self.weights = {n: w for n, w in self.bundle.initializers(file).items() if n in names}
@@ -238,9 +247,9 @@ class NewSession:
                 if weight is None:  # its product left the step, with the text's keys and values
                     continue
                 held = weights[weight]
-                old = held.data.view(np.float32).reshape(held.shape)
-                new = old + deltas[f"{module}.lora_B"][0] @ deltas[name][0]
-                weights[weight] = Weight(new.reshape(-1).view(np.uint8), "float32", held.shape)
+                old = held.data.view(held.dtype).reshape(held.shape)  # float32, or float16 of the demo
+                new = (old + deltas[f"{module}.lora_B"][0] @ deltas[name][0]).astype(held.dtype)
+                weights[weight] = Weight(new.reshape(-1).view(np.uint8), held.dtype, held.shape)
             backend = OnnxRuntime("ort-cpu", 0, self.subject.threads)
             self.session = backend.load(self.graph, weights)
             self.loaded = number

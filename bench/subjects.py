@@ -42,17 +42,16 @@ class Subject:
         return np.stack([255 * x // self.side, 255 * y // self.side, (x ^ y) & 255], -1).astype(np.uint8)
 
     def latents(self, batch: int = 1) -> npt.NDArray[np.float32]:
-        """Initial noise, ``[batch, 4, side / 8, side / 8]``."""
+        """Initial noise, float32 ``[batch, channels, height, width]`` of the latents."""
         from hywu_runtime import Manifest
-
-        manifest = Manifest.read(self.bundles["low-rank"])
-        height = next(s for s in manifest.state if s.initial == "noise").tensor
         from hywu_runtime.program import resolve_axes, resolve_shape
 
-        photo = np.stack([self.photo()] * batch)
+        manifest = Manifest.read(self.bundles["low-rank"])
         assert manifest.image is not None
-        axes = resolve_axes(manifest, batch, {manifest.image.tensor: photo})
-        shape = resolve_shape(manifest, height, axes)
+        noise = next(name for name, tensor in manifest.tensors.items() if tensor.draw == "initial")
+        photos = np.stack([self.photo()] * batch)
+        axes = resolve_axes(manifest, batch, {manifest.image.tensor: photos})
+        shape = resolve_shape(manifest, noise, axes)
         return np.random.default_rng(7).standard_normal(shape).astype(np.float32)
 
     def deltas(self, number: int) -> Deltas:
