@@ -260,7 +260,18 @@ def _split_off(model: ir.Model, chosen: Sequence[tuple[ir.Value, Moved]]) -> ir.
         output.name = moved.name
         output.type, output.shape = ir.TensorType(moved.dtype), ir.Shape(list(moved.shape))
     graph.name = model.graph.name
+    _order_initializers(graph)  # extract has them in a set
     return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name, functions=())
+
+
+def _order_initializers(graph: ir.Graph) -> None:
+    """By first use, so that the same model gives the same bytes."""
+    used = [value.name for node in graph for value in node.inputs if value is not None]
+    place = {name: index for index, name in reversed(list(enumerate(used)))}
+    values = sorted(graph.initializers.values(), key=lambda value: place.get(value.name, len(used)))
+    graph.initializers.clear()
+    for value in values:
+        graph.initializers.add(value)
 
 
 def _upstream(values: Sequence[ir.Value]) -> set[ir.Value]:
@@ -306,7 +317,7 @@ def _join_rows(graph: ir.Graph, value: ir.Value, name: str, moved: Moved) -> ir.
 
 
 def _node(graph: ir.Graph, kind: str, value: ir.Value, sizes: Sequence[int], name: str) -> ir.Node:
-    tensor = ir.tensor(np.array(sizes, np.int64), name=f"{name}/sizes")
+    tensor = ir.tensor(np.array(sizes, np.int64), name=f"constant/{name}")
     constant = ir.Value(name=tensor.name, const_value=tensor)
     constant.type, constant.shape = ir.TensorType(tensor.dtype), ir.Shape([len(sizes)])
     graph.register_initializer(constant)

@@ -73,7 +73,12 @@ def test_branches_of_convolutions_too(lora_bundle: Path) -> None:
 
     from hywu_runtime import Manifest
 
-    found = find_branches(onnx.load(str(lora_bundle / "step.onnx"), load_external_data=False))
+    graphs = ("prepare_step", "step")
+    found = [
+        branch
+        for name in graphs
+        for branch in find_branches(onnx.load(str(lora_bundle / f"{name}.onnx"), load_external_data=False))
+    ]
     deltas = Manifest.read(lora_bundle).deltas
     assert deltas is not None
     assert {branch.module for branch in found} == {target.module for target in deltas.targets}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conftest import WORDS
+from tiny_pairs import WORDS
 
 
 def t5() -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
 from parity import SAME, Case, Once, Parity, Request, largest, photos
 from PIL import Image
+from tiny_pairs import WORDS
 
 from hywu_export import ExportOptions, export
 from hywu_export.deltas import DeltaSpec

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_base
 from parity import draws, largest, photos, random_deltas
 from pix2pix_reference import Reference
+from tiny_pairs import make_base
 
 from hywu_export import ExportOptions, export
 from hywu_runtime import Editor

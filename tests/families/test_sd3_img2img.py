@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
 from made_tokenizers import t5
 from parity import CHANGED, SAME, Case, Once, Parity, Request, largest, photos
+from tiny_pairs import WORDS
 
 from hywu_export import ExportOptions, export
 from hywu_export.deltas import DeltaSpec

@@ -28,12 +28,12 @@ from hywu_runtime.errors import CheckpointError, UnsupportedError
 
 def make_base(folder: Path, seed: int = 0) -> None:
     """A random pipeline: text encoders of unequal width, tokenizers that pad differently, a factor-2 VAE."""
-    from conftest import WORDS
     from diffusers import (
         AutoencoderKL,
         EulerDiscreteScheduler,
         UNet2DConditionModel,
     )
+    from tiny_pairs import WORDS
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from demo.recipe.tokenizer import train_tokenizer

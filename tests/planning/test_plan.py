@@ -355,7 +355,7 @@ def test_operations_of_the_branches_are_those_of_their_formula(bundle: Path, pip
     deltas = planned(bundle, size="32x32")["deltas"]
     assert deltas["branch_flops"] == made[1]  # what every step computes
     read = {tensor.name for tensor in manifest.graphs["step"].inputs}
-    in_steps = [target for target in targets.values() if target.a_name in read]
+    in_steps = [target for target in targets.values() if f"{target.module}.lora_A" in read]
     assert 0 < len(in_steps) < len(targets)
     merge = sum(2 * t.rank * t.in_features * t.out_features for t in in_steps)
     assert deltas["merge_flops"] == merge
@@ -571,11 +571,12 @@ def test_deltas_of_convolutions(lora_bundle: Path) -> None:
     assert manifest.deltas is not None
     kinds = {target.kind for target in manifest.deltas.targets}
     assert kinds == {"linear", "conv"}
+    read = {tensor.name for tensor in manifest.graphs["step"].inputs}
+    in_steps = [t for t in manifest.deltas.targets if f"{t.module}.lora_A" in read]
     merge = sum(
-        2 * t.rank * t.in_features * t.out_features * int(np.prod(t.kernel or (1,)))
-        for t in manifest.deltas.targets
+        2 * t.rank * t.in_features * t.out_features * int(np.prod(t.kernel or (1,))) for t in in_steps
     )
-    assert result["deltas"]["targets"] == len(manifest.deltas.targets)
+    assert result["deltas"]["targets"] == len(in_steps) > 0
     assert result["deltas"]["merge_flops"] == merge
     assert "generate" not in result["stages"]
     assert result["memory"]["tensors"]["deltas"] == 4 * sum(
@@ -678,7 +679,7 @@ def test_a_measurement_beside_the_plan(bundle: Path, tmp_path: Path) -> None:
     assert result["request"]["size"] == [32, 16]
     assert (result["request"]["batch"], result["request"]["evaluations"]) == (2, 3)
     stages = result["measured"]["stages"]
-    assert set(stages) == {"encode", "condition", "generate", "step", "decode", "edit"}
+    assert set(stages) == {"encode", "condition", "generate", "prepare", "step", "decode", "edit"}
     assert stages["step"]["measured"] == bench["stages"]["steady_step"]["p50"]
     assert stages["edit"]["planned"] == result["edit"]["seconds"]
     for pair in stages.values():
