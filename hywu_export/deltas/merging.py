@@ -1,8 +1,7 @@
 """Where deltas are merged into the weights: once per request, instead of a low-rank branch in every step.
 
 Merging costs a request ``(2 r + MERGE_FLOPS) * in * out`` operations and ``4 * in * out`` bytes for every
-set of deltas; the branch costs every token ``2 r (in + out)`` in every step. docs/performance.md has the
-measurements behind the constants.
+set of deltas; the branch costs every token ``2 r (in + out)`` in every step. The constants are estimates.
 """
 
 from __future__ import annotations
