@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import time
 import traceback
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -59,8 +60,6 @@ class Worker:
 
 
 def _serve(pipe: Connection, name: str, subject: Any) -> None:
-    import time
-
     from bench.peers import GENERATORS, PEERS
 
     peer: Any = None

@@ -246,15 +246,11 @@ class _Job:
         return DeltaSpec(tuple(merged.get(target.module, target) for target in spec.targets))
 
     def trace(self, graph: GraphSpec) -> None:
-        """Traces a graph, and checks it."""
-        from hywu_export.passes import check
-
-        traced = self._traced(graph.name)
-        check(traced.model, self.plan.axes, traced.inputs, traced.outputs, graph.name)
-        self.traced.append(traced)
+        """Traces a graph."""
+        self.traced.append(self._traced(graph.name))
 
     def add_graphs(self, writer: BundleWriter) -> None:
-        """Gives the writer the traced graphs, or the stages of what is large."""
+        """Gives the writer the traced graphs, or what they are parted into, each of them checked."""
         from hywu_export.invariants import split
         from hywu_export.passes import check
         from hywu_export.stages import graphs_to_cut
@@ -264,13 +260,10 @@ class _Job:
             self.traced = [part for traced in self.traced for part in split(traced, self.plan, merged)]
         large = graphs_to_cut(self.traced, self.options.stages)
         for traced in self.traced:
-            if traced.name not in large:
-                writer.add_graph(traced)
-                continue
-            for stage in self.cutter.cut(traced):
+            for part in self.cutter.cut(traced) if traced.name in large else [traced]:
                 axes = {**self.plan.axes, **self.cutter.axes}
-                check(stage.model, axes, stage.inputs, stage.outputs, stage.name)
-                writer.add_graph(stage)
+                check(part.model, axes, part.inputs, part.outputs, part.name)
+                writer.add_graph(part)
 
     def _traced(self, name: str) -> TracedGraph:
         """A graph of the plan, without the deltas that no output of it depends on.

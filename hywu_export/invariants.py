@@ -107,17 +107,11 @@ def _is_root(axis: Axis) -> bool:
 
 def _with_others(sizes: Mapping[str, int], axes: Mapping[str, Axis], one: bool) -> dict[str, int]:
     """With the axes that follow from others; those that may be 1 instead are, if ``one``."""
-    from hywu_runtime.manifest import Axis as Written
-
     found = dict(sizes)
     for name, axis in axes.items():
         if axis.one_or is not None:
             found[name] = 1 if one else sizes[axis.one_or]
-    waiting = {
-        name: Written(of=axis.of, divide=axis.divide, sum=axis.sum)
-        for name, axis in axes.items()
-        if axis.of is not None or axis.sum
-    }
+    waiting = {name: axis for name, axis in axes.items() if axis.of is not None or axis.sum}
     while waiting:  # in any order, but without circles: tracing has resolved them
         known = {name: size for name, axis in waiting.items() if (size := axis.size(found)) is not None}
         found |= known

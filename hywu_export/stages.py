@@ -59,7 +59,7 @@ class Cutter:
         from hywu_export.passes.stages import cut
 
         axes = {**self._declared, **traced.axes}
-        sizes = {name: self._sizes.get(name) or _derived(axis, self._sizes) for name, axis in axes.items()}
+        sizes = {name: self._sizes.get(name) or axis.size(self._sizes) or 1 for name, axis in axes.items()}
         weights = set(traced.initializers)
         parts = cut(traced.model, self.stages, weights, traced.values, sizes, traced.name, self._placed)
         pieces = []
@@ -134,9 +134,3 @@ def _renamed(specs: Sequence[TensorSpec], names: Mapping[str, str]) -> dict[str,
 def _usual(name: str, axis: Axis) -> int:
     size = axis.min if name == "batch" or axis.one_or == "batch" else min(axis.max, USUAL_SIZE)
     return max(size // axis.multiple * axis.multiple, axis.min)
-
-
-def _derived(axis: Axis, sizes: Mapping[str, int]) -> int:
-    from hywu_runtime.manifest import Axis as Written
-
-    return Written(of=axis.of, divide=axis.divide, sum=axis.sum).size(sizes) or 1

@@ -15,9 +15,8 @@ import numpy.typing as npt
 from hywu_export.benchmark.machine import Machine, suspicions
 from hywu_export.benchmark.meters import Nvml, energy_meters, peak_memory, resident_memory
 from hywu_export.benchmark.plain import step_overhead
-from hywu_export.benchmark.stages import STAGES, stages_of
+from hywu_export.benchmark.stages import STAGES, makers_from_deltas, stages_of
 from hywu_export.benchmark.statistics import curve, stable, summary
-from hywu_export.invariants import PREFIX
 from hywu_runtime import Deltas, Editor, __version__
 from hywu_runtime.errors import HywuError, InputError, UnsupportedError
 from hywu_runtime.images import Size, load_photo, parse_size
@@ -345,9 +344,7 @@ def _step_graph(manifest: Manifest, guided: bool) -> str | None:
     for call in manifest.program:
         if call.phase != "step" or not call.runs(guided):
             continue
-        made = manifest.graphs.get(PREFIX + call.graph)
-        before = {value.name for value in made.inputs} if made is not None else set()
-        if deltas & (set(manifest.reads(call).values()) | before):
+        if deltas & set(manifest.reads(call).values()) or makers_from_deltas(manifest, call.graph):
             return call.graph
     return None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hywu_export.invariants import PREFIX
+from hywu_export.benchmark.stages import makers_from_deltas
 from hywu_runtime.backends import Backend, Binding
 from hywu_runtime.bundle import Bundle, Weight
 from hywu_runtime.errors import UnsupportedError
@@ -173,8 +173,7 @@ def step_overhead(
     model = onnx.load(path, load_external_data=False)
     plain = without_deltas(model)
     weights = {**_mapped(model, path), **bundle.initializers(file)}
-    maker = f"{PREFIX}{graph}"
-    if maker in bundle.manifest.graphs:
+    for maker in makers_from_deltas(bundle.manifest, graph):
         other = bundle.graph_file(maker, variant)
         made = onnx.load(bundle.file(other), load_external_data=False)
         plain = with_constants(plain, without_deltas(made))

@@ -23,6 +23,19 @@ STAGES = (
 _STEPS_OWN = ("noise", "schedule")
 
 
+def makers_from_deltas(manifest: Manifest, graph: str) -> list[str]:
+    """The graphs that make, once per request and from deltas, what ``graph`` reads: merged weights, say."""
+    reads = {name for c in manifest.program if c.graph == graph for name in manifest.reads(c).values()}
+    deltas = set(manifest.deltas.tensors) if manifest.deltas is not None else set()
+    return [
+        call.graph
+        for call in manifest.program
+        if call.phase == "request"
+        and reads & set(manifest.writes(call).values())
+        and deltas & set(manifest.reads(call).values())
+    ]
+
+
 def stages_of(manifest: Manifest, guided: bool) -> dict[str, str]:
     """Graph → ``encode``, ``condition``, ``generate``, ``prepare`` or ``decode``.
 

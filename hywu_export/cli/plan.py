@@ -98,10 +98,12 @@ def plan(
 
 
 def _require_onnx() -> None:
+    from importlib import import_module
+
     from hywu_runtime.errors import UnsupportedError
 
     try:
-        import onnx  # noqa: F401
+        import_module("onnx")
     except ImportError as error:
         raise UnsupportedError(
             f"The package onnx cannot be imported ({error})",

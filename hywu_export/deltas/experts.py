@@ -42,11 +42,11 @@ class ExpertLinear(nn.Module):
         if picked is None:
             return x @ turned
         batch, pieces, each = picked.number.shape
-        parts = x.unflatten(1, (pieces, each))  # type: ignore[no-untyped-call]
+        parts = torch.unflatten(x, 1, (pieces, each))
         made = []
         for piece in range(pieces):
             own = turned.index_select(0, picked.number[:, piece].flatten())
-            made.append(parts[:, piece] @ own.unflatten(0, (batch, each)))  # type: ignore[no-untyped-call]
+            made.append(parts[:, piece] @ torch.unflatten(own, 0, (batch, each)))
         return torch.cat(made, dim=1)
 
     def extra_repr(self) -> str:

@@ -67,8 +67,8 @@ class Injection:
         Args:
             deltas: every tensor of ``spec.tensors()`` with a leading axis D, which is 1 or B; any
                 floating-point dtype, cast to that of the activations.
-            gate: ``[B]``, multiplies the delta of each sample; at 0 the base's result is exact. None stands
-                for 1.
+            gate: ``[B]``, multiplies the delta of each sample; at 0 the base's result is exact (of merged
+                targets, within rounding). None stands for 1.
             rows: guidance rows. Activations have batch ``rows * B``, ordered [row 0 of all samples, row 1 of
                 all samples, ...], and every row gets the same deltas and gate.
 
@@ -192,8 +192,7 @@ class _LinearBranch(_Branch):
     """``[rows, B, ..., in]`` is viewed as ``[rows, B, L, in]``."""
 
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
-        tokens = x.unsqueeze(2) if x.ndim == 3 else x.flatten(2, -2)
-        return tokens @ a.transpose(1, 2)
+        return _tokens(x) @ a.transpose(1, 2)
 
     def _up(self, low: Tensor, b: Tensor) -> Tensor:
         return low @ b.transpose(1, 2)
@@ -212,8 +211,7 @@ class _MergedBranch(_LinearBranch):
         if gate is not None:
             delta = delta * gate.reshape(-1, 1, 1)
         weight = module.weight.to(x.dtype).T + delta
-        tokens = x.unsqueeze(2) if x.ndim == 3 else x.flatten(2, -2)
-        made = (tokens @ weight).reshape(output.shape)
+        made = (_tokens(x) @ weight).reshape(output.shape)
         return made if module.bias is None else made + module.bias.to(x.dtype)
 
 
@@ -285,6 +283,11 @@ class _ExpertsBranch(_Branch):
 
     def _up(self, low: Tensor, b: Tensor) -> Tensor:
         return low @ b.transpose(-2, -1)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``[rows, B, ..., in]`` as ``[rows, B, L, in]``."""
+    return x.unsqueeze(2) if x.ndim == 3 else x.flatten(2, -2)
 
 
 def _pads(module: nn.Conv2d) -> list[int]:

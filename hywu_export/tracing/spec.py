@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hywu_runtime.codec import encode
 from hywu_runtime.errors import UnsupportedError
+from hywu_runtime.manifest import Axis as Written
 from hywu_runtime.manifest import Term
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class Axis:
     divide: int = 1
     one_or: str | None = None
     sum: tuple[Term, ...] = ()
+
+    def size(self, sizes: Mapping[str, int]) -> int | None:
+        """The size of an axis that follows from others, or None where one of these is not in ``sizes``."""
+        return Written(of=self.of, divide=self.divide, sum=self.sum).size(sizes)
 
     def to_dict(self) -> dict[str, object]:
         """The axis as the manifest writes it."""

@@ -127,4 +127,4 @@ def test_merging_in_every_step_is_refused() -> None:
     with pytest.raises(InputError, match="Merging pays where it is done once per request"):
         ExportOptions(deltas="merged", hoist=False)
     with pytest.raises(InputError, match="Expected low-rank, merged, auto"):
-        ExportOptions(deltas="merge")  # type: ignore[arg-type]
+        ExportOptions(deltas="merge")  # type: ignore[arg-type]  # which is the point

@@ -35,6 +35,7 @@ from hywu_export.planning.report import plan
 from hywu_export.planning.shapes import Tensor, infer
 from hywu_runtime import Bundle, Manifest
 from hywu_runtime.errors import InputError, UnsupportedError
+from hywu_runtime.manifest import Precision
 
 DEVICE = "orin-nano-8gb"
 LIMITS = Limits({"float32": 100.0, "float16": 200.0, "int8": 400.0}, 10.0)
@@ -468,7 +469,8 @@ def with_variants(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     folder = copy_tree(bundle, tmp_path_factory.mktemp("variants") / "bundle", ["manifest.json"])
     graphs = ("step", "step_unguided")
-    for variant in ("fp16", "int8", "int8-weights"):
+    variants: tuple[Precision, ...] = ("fp16", "int8", "int8-weights")
+    for variant in variants:
         models = {name: load_graph(Bundle.open(folder), name) for name in graphs}
         for graph, model in models.items():
             if variant == "fp16":
@@ -478,7 +480,7 @@ def with_variants(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
                 quantize(model, dict.fromkeys(names, Quantized(0.0625)))
             else:
                 quantize_weights(model)
-        write_variant(folder, variant, variant, models)  # type: ignore[arg-type]
+        write_variant(folder, variant, variant, models)
     return folder
 
 

@@ -84,10 +84,10 @@ class Experts(Stack):
     def _gathered(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         groups = group(chosen, self.count, self.block)
         number = groups.expert.flatten(1)
-        rows = take(x, groups.token).unflatten(0, (*number.shape, self.block))  # type: ignore[no-untyped-call]
+        rows = torch.unflatten(take(x, groups.token), 0, (*number.shape, self.block))
         hit = (number.unsqueeze(-1) == torch.arange(self.count)).to(x.dtype)
         made = self._run(rows, self._weights(), Picked(groups.expert, hit)).flatten(1, 2)
-        pairs = take(made, groups.slot.flatten(1)).unflatten(0, shares.shape)  # type: ignore[no-untyped-call]
+        pairs = torch.unflatten(take(made, groups.slot.flatten(1)), 0, shares.shape)
         weighted: Tensor = shares.unsqueeze(-2).to(x.dtype) @ pairs
         return weighted.squeeze(-2)
 

@@ -65,7 +65,7 @@ def group(chosen: Tensor, experts: int, block: int) -> Groups:
     expert = (first.unsqueeze(1) <= torch.arange(blocks).unsqueeze(-1)).to(torch.int64).sum(-1) - 1
     token = torch.arange(n).unsqueeze(1).expand(-1, k).flatten().expand(batch, -1)
     empty = torch.zeros_like(slot[:, :1, 0]).expand(-1, blocks * block)
-    pieces = expert.unflatten(1, (PIECES, each))  # type: ignore[no-untyped-call]
+    pieces = torch.unflatten(expert, 1, (PIECES, each))
     return Groups(empty.scatter(1, slot.flatten(1), token), pieces, slot)
 
 
@@ -74,7 +74,7 @@ def _counted(hit: Tensor) -> tuple[Tensor, Tensor]:
     n = hit.shape[1]
     chunks = n // CHUNK + 2
     padded = F.pad(hit.to(torch.float32), (0, 0, 0, 2 * CHUNK))[:, : chunks * CHUNK]
-    parts = padded.unflatten(1, (chunks, CHUNK))  # type: ignore[no-untyped-call]
+    parts = torch.unflatten(padded, 1, (chunks, CHUNK))
     within = torch.ones(CHUNK, CHUNK).tril() @ parts
     upto = within.to(torch.int64)
     total = upto[:, :, -1]
