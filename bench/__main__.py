@@ -1,4 +1,4 @@
-"""Runs the peers in pairs with this project's low-rank edits, in turn, and reports ratios pair by pair.
+"""Runs the peers in pairs with this project's edits, in turn, and reports ratios pair by pair.
 
     python -m bench --subject demo --subject 860m --subject generator [--rounds 5] [--peer NAME] [--json FILE]
 
@@ -27,7 +27,10 @@ from bench.workers import Worker
 from hywu_export.benchmark.plots import milliseconds
 
 MOST_LEVELS = 2  # by which pictures may differ: diffusers rounds elsewhere
-REFERENCE = "low-rank"
+REFERENCE = "winograd"
+"""This project, as it is exported for CPUs."""
+REFERENCES = {"batch-four-sets": "batch-one-set", "batch-one-set": "low-rank", "merged": "low-rank"}
+"""What peers of this project itself are compared with: they differ in one thing."""
 
 
 @click.command(help=__doc__)
@@ -61,8 +64,7 @@ def main(
         found[name] = {"side": subject.side, "steps": subject.steps, "peers": {}}
         print(f"{'':16}{'step':>9}{'ratio':>8}{'edit':>9}{'ratio':>8}{'change':>10}{'ratio':>9}{'peak':>8}")
         for peer in peers or [p for p in PEERS if p != REFERENCE]:
-            reference = REFERENCE if not peer.startswith("batch-four") else "batch-one-set"
-            result = compare(subject, reference, peer, rounds)
+            result = compare(subject, REFERENCES.get(peer, REFERENCE), peer, rounds)
             found[name]["peers"][peer] = result
             _show(peer, result)
     if file is not None:

@@ -293,6 +293,7 @@ def _timed(run: Any) -> float:
 
 PEERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "low-rank": (Ours, {}),
+    "winograd": (Ours, {"mode": "winograd"}),
     "merged": (Ours, {"mode": "merged"}),
     "peft": (Pipeline, {}),
     "hotswap": (Pipeline, {"hotswap": True}),

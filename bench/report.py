@@ -2,7 +2,7 @@
 
     python -m bench.report FILE.json [--plots docs/performance]
 
-Prints Markdown. A plot has a bar for each peer: its time over that of this project's low-rank edits, so that
+Prints Markdown. A plot has a bar for each peer: its time over that of this project's edits, so that
 what is right of the line is slower.
 """
 
@@ -20,7 +20,8 @@ import click
 from hywu_export.benchmark.plots import milliseconds
 
 NAMES = {
-    "merged": "this project, merged",
+    "low-rank": "this project, without Winograd",
+    "merged": "without Winograd, merged",
     "peft": "diffusers + PEFT",
     "hotswap": "diffusers, hotswap",
     "compiled": "diffusers, hotswap, compiled",
@@ -50,7 +51,7 @@ def main(file: Path, plots: Path | None) -> None:
                 ratios = {
                     NAMES[peer]: result["ratios"][key]
                     for peer, result in peers.items()
-                    if key in result["ratios"] and result["reference"] in ("low-rank", "generator")
+                    if key in result["ratios"] and result["reference"] in ("winograd", "generator")
                     and not peer.startswith("batch")
                 }  # fmt: skip
                 if ratios:

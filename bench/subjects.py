@@ -12,6 +12,12 @@ import numpy.typing as npt
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")  # of the LoRA training scripts
 RANK = 16
+MODES: dict[str, dict[str, Any]] = {
+    "low-rank": {},
+    "merged": {"deltas": "merged"},
+    "winograd": {"winograd": True},
+}
+"""Of exporting."""
 PROMPT = "make it sepia"
 Deltas = dict[str, npt.NDArray[np.float32]]
 
@@ -23,7 +29,7 @@ class Subject:
     Attributes:
         name: ``demo`` or ``860m``.
         base: the pipeline's folder.
-        bundles: by way of applying deltas (``low-rank``, ``merged``), the exported bundle.
+        bundles: the exported bundles, by `MODES`.
         side: of the picture in pixels.
         steps: of an edit.
         threads: of every peer.
@@ -82,26 +88,26 @@ def make(name: str, out: Path, side: int | None, steps: int | None, threads: int
         for path in sorted(base.rglob("*.safetensors")):
             fill(path, seed=0)
     bundles = {}
-    for mode in ("low-rank", "merged"):
+    for mode, options in MODES.items():
         bundles[mode] = out / name / mode
         if not (bundles[mode] / "manifest.json").exists():
-            _export(base, bundles[mode], mode)
+            _export(base, bundles[mode], options)
     sides, counts = {"demo": 128, "860m": 256}, {"demo": 8, "860m": 8}
     return Subject(name, base, bundles, side or sides[name], steps or counts[name], threads)
 
 
-def _export(base: Path, bundle: Path, mode: Any) -> None:
+def _export(base: Path, bundle: Path, mode: dict[str, Any]) -> None:
     from hywu_export import ExportOptions, export
 
     options = ExportOptions(
         targets=TARGETS,
         max_rank=RANK,
         link_weights=True,
-        deltas=mode,
         samplers=("euler",),
         max_steps=20,
         steps=8,
         max_batch=4,
+        **mode,
     )
     bundle.parent.mkdir(parents=True, exist_ok=True)
     export(bundle, base, options=options)

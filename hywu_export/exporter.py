@@ -63,6 +63,7 @@ class ExportOptions:
         vae_tile: side in pixels of the VAE's tiles, if pictures may be larger.
         images: how many pictures each request has, for a pipeline that takes several.
         link_weights: leave the weights in the checkpoints.
+        winograd: write 3x3 convolutions as Winograd products, for CPUs; see `hywu_export.convolutions`.
         hoist: compute once per request what no step changes.
         deltas: whether the denoiser's linear layers run deltas beside them ("low-rank"), have them merged
             into their weights once per request ("merged"), or whichever pays at the default steps and size
@@ -85,6 +86,7 @@ class ExportOptions:
     vae_tile: int | None = None
     images: int = 1
     link_weights: bool = False
+    winograd: bool = False
     hoist: bool = True
     deltas: Mode = "low-rank"
     stages: int = 1
@@ -251,10 +253,13 @@ class _Job:
 
     def add_graphs(self, writer: BundleWriter) -> None:
         """Gives the writer the traced graphs, or what they are parted into, each of them checked."""
+        from hywu_export.convolutions import accelerate
         from hywu_export.invariants import split
         from hywu_export.passes import check
         from hywu_export.stages import graphs_to_cut
 
+        if self.options.winograd:
+            self.traced = [accelerate(traced, self.plan) for traced in self.traced]
         if self.options.hoist:
             merged = self.spec is not None and any(target.merged for target in self.spec.targets)
             self.traced = [part for traced in self.traced for part in split(traced, self.plan, merged)]

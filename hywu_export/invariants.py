@@ -10,6 +10,7 @@ from math import ceil
 from random import Random
 from typing import TYPE_CHECKING
 
+from hywu_export.tracing.spec import all_sizes
 from hywu_runtime.manifest import Call
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _changing(plan: Plan) -> set[str]:
 
 def _probes(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
     """Sizes of all axes, within their limits, of which no two are in the same ratio in every probe."""
-    roots = {name: axis for name, axis in axes.items() if _is_root(axis)}
+    roots = {name: axis for name, axis in axes.items() if axis.is_root}
     units = {
         name: range(ceil(axis.min / axis.multiple), min(axis.max // axis.multiple, _MOST_UNITS) + 1)
         for name, axis in roots.items()
@@ -98,22 +99,4 @@ def _probes(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
         if varied and all(
             len({Fraction(sizes[a], sizes[b]) for sizes in probes}) > 1 for a, b in combinations(free, 2)
         ):
-            return [_with_others(sizes, axes, one=number == 0) for number, sizes in enumerate(probes)]
-
-
-def _is_root(axis: Axis) -> bool:
-    return axis.of is None and axis.one_or is None and not axis.sum
-
-
-def _with_others(sizes: Mapping[str, int], axes: Mapping[str, Axis], one: bool) -> dict[str, int]:
-    """With the axes that follow from others; those that may be 1 instead are, if ``one``."""
-    found = dict(sizes)
-    for name, axis in axes.items():
-        if axis.one_or is not None:
-            found[name] = 1 if one else sizes[axis.one_or]
-    waiting = {name: axis for name, axis in axes.items() if axis.of is not None or axis.sum}
-    while waiting:  # in any order, but without circles: tracing has resolved them
-        known = {name: size for name, axis in waiting.items() if (size := axis.size(found)) is not None}
-        found |= known
-        waiting = {name: axis for name, axis in waiting.items() if name not in known}
-    return found
+            return [all_sizes(sizes, axes, one=number == 0) for number, sizes in enumerate(probes)]

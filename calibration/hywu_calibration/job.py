@@ -54,9 +54,10 @@ from hywu_export.passes.half import Half, emulate, structure, to_half
 from hywu_export.passes.layers import find_layers
 from hywu_export.passes.quantize import quantize
 from hywu_export.passes.weights8 import quantize_weights
+from hywu_export.passes.winograd import is_winograd
 from hywu_runtime.backends import create_backend
 from hywu_runtime.bundle import Bundle
-from hywu_runtime.errors import DeltaError
+from hywu_runtime.errors import DeltaError, UnsupportedError
 from hywu_runtime.files import write_atomically
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def calibrate(bundle: str | Path, options: CalibrationOptions, progress: Progres
     Raises:
         InputError: an option, the photographs or the prompts cannot be used.
         BundleError: the bundle is damaged, makes values that are not finite, or cannot be written.
-        UnsupportedError: the bundle makes no images.
+        UnsupportedError: the bundle makes no images, or was exported for CPUs.
         DeltaError: deltas do not fit.
     """
     options.check()
@@ -117,6 +118,8 @@ class _Job:
         self.recordings = Recordings(folder, data.samples)
         self.evaluation = Evaluation(bundle, data.edits, data.deltas, folder)
         self.models: dict[str, ir.Model] = {g: load_graph(bundle, g) for g in bundle.manifest.graphs}
+        if options.form == "tensorrt":
+            _refuse_winograd(self.models)
         self.work = Work(self._shares(), progress)
         self.references: dict[float, list[Pixels]] = {}
         self.counts: Mapping[str, int] = {}
@@ -445,6 +448,17 @@ class _Job:
             target=Target(options.min_psnr, options.max_wide),
             notes=tuple(notes),
         )  # fmt: skip
+
+
+def _refuse_winograd(models: Mapping[str, ir.Model]) -> None:
+    """Winograd's transforms lose too many digits in half precision, and hide convolutions from INT8."""
+    name = next((name for name, model in models.items() if is_winograd(model)), None)
+    if name is not None:
+        raise UnsupportedError(
+            f"Graph {name!r} was exported for CPUs: its convolutions are Winograd products",
+            "Narrow variants are made from convolutions; on a CPU, INT8 is: --variant int8 --backend ort-cpu",
+            "Export the bundle again without --winograd, or give --backend ort-cpu",
+        )
 
 
 def _worst(found: Candidates, dropped: Mapping[str, float]) -> list[Wide]:

@@ -102,6 +102,11 @@ _PIXELS = click.IntRange(1, 65536)
 )
 @click.option("--link-weights", is_flag=True, help="Leave the weights in the checkpoints.")
 @click.option(
+    "--winograd",
+    is_flag=True,
+    help="Write 3x3 convolutions as Winograd products: fewer operations, for CPUs.",
+)
+@click.option(
     "--hoist/--no-hoist",
     default=True,
     show_default=True,
@@ -129,7 +134,7 @@ def export(
     max_rank: int | None, schedulers: tuple[str, ...], max_steps: int, steps: int | None,
     guidance: tuple[tuple[str, float], ...], image_guidance: float | None, batch: int, max_size: int | None,
     size: int | None, text_length: int | None, vae_tile: int | None, images: int, link_weights: bool,
-    hoist: bool, deltas: Mode, stages: int, overwrite: bool, as_json: bool,
+    winograd: bool, hoist: bool, deltas: Mode, stages: int, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a bundle from a base pipeline, a generator, or both.
 
@@ -154,7 +159,8 @@ def export(
     options = ExportOptions(
         targets=targets, loras=tuple(map(Path, loras)), max_rank=max_rank, samplers=schedulers,
         max_steps=max_steps, steps=steps, guidance=scales, max_batch=batch, max_size=max_size, size=size,
-        text_length=text_length, vae_tile=vae_tile, images=images, link_weights=link_weights, hoist=hoist,
+        text_length=text_length, vae_tile=vae_tile, images=images, link_weights=link_weights,
+        winograd=winograd, hoist=hoist,
         deltas=deltas, stages=stages, overwrite=overwrite,
     )  # fmt: skip
     found: list[dict[str, Any]] = []

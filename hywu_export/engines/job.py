@@ -23,6 +23,7 @@ from hywu_export.engines.shapes import Range, ShapeOptions, engine_shapes, profi
 from hywu_export.engines.sources import (
     GraphSource,
     check_hashes,
+    check_plain,
     check_signed,
     check_turing,
     graph_source,
@@ -250,6 +251,7 @@ def plan_work(bundle: str | Path, options: BuildOptions) -> Work:
     sources = tuple(graph_source(opened, name, options.variant) for name in names)
     for source in sources:
         check_signed(source, options.variant)
+        check_plain(source)
     if any(source.linked for source in sources):
         opened = Bundle.open(bundle, sources=options.sources)  # checks the checkpoints
     shapes = engine_shapes(manifest, names, options.shapes)

@@ -148,6 +148,22 @@ def check_signed(source: GraphSource, variant: str | None) -> None:
             )
 
 
+def check_plain(source: GraphSource) -> None:
+    """Refuses convolutions that stand as Winograd products, for which compilers for GPUs know better.
+
+    Raises:
+        UnsupportedError: naming the graph.
+    """
+    from hywu_export.passes.winograd import is_winograd_constant
+
+    if any(is_winograd_constant(tensor.name) for tensor in source.model.graph.initializer):
+        raise UnsupportedError(
+            f"Graph {source.name!r} was exported for CPUs: its convolutions are Winograd products",
+            "Expected convolutions, for which TensorRT and TensorRT-RTX choose algorithms themselves",
+            "Export the bundle again without --winograd",
+        )
+
+
 def check_turing(source: GraphSource, fp32: bool) -> None:
     """Refuses what compute capability 7.5 cannot compute: BF16, and in TensorRT-RTX FP32 matrix products.
 

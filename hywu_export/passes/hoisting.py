@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import extract
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxscript.optimizer import fold_constants
+
+from hywu_export.passes.inference import Known, infer
 
 Dimension = int | str
 
@@ -40,13 +40,6 @@ USEFUL = Limits(8.0, 2**29)
 """A CPU core does about ten operations in the time in which it reads a byte, a GPU a hundred."""
 ANY_PRODUCT = Limits(0.1, math.inf)
 """Also weights merged with deltas of small rank r, which save r / 2 a byte: they were asked for."""
-
-
-class _Known(NamedTuple):
-    """What shape inference found out about a value."""
-
-    shape: tuple[int, ...]
-    type: ir.TensorType
 
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -93,7 +86,7 @@ def hoist(
     graph = model.graph
     _measure_elsewhere(graph, varying)  # the size of latents does not vary
     changing = _downstream(graph, varying)
-    known = [_infer(model, sizes) for sizes in probes]
+    known = [infer(model, sizes) for sizes in probes]
     candidates = []
     for node in graph:
         for value in node.outputs:
@@ -144,26 +137,9 @@ def _downstream(graph: ir.Graph, names: Collection[str]) -> set[ir.Value]:
     return found
 
 
-def _infer(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, _Known]:
-    """Type and shape of all values whose shape follows from the axes' ``sizes``."""
-    copy = model.clone()
-    for value in copy.graph.inputs:
-        assert value.shape is not None
-        value.shape = ir.Shape([d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape.dims])
-    for value in (*copy.graph.outputs, *(v for node in copy.graph for v in node.outputs)):
-        value.shape = None
-    # With sizes known, what a shape is computed from folds to constants, and inference goes on from there.
-    fold_constants(copy, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1024)
-    return {
-        str(value.name): _Known(tuple(int(d) for d in value.shape.numpy()), value.type)
-        for value in (*copy.graph.inputs, *(v for node in copy.graph for v in node.outputs))
-        if value.shape is not None and value.shape.is_static() and isinstance(value.type, ir.TensorType)
-    }
-
-
 def _weigh(
     value: ir.Value,
-    known: Sequence[Mapping[str, _Known]],
+    known: Sequence[Mapping[str, Known]],
     probes: Sequence[Mapping[str, int]],
     prefix: str,
 ) -> Moved | None:
@@ -204,7 +180,7 @@ def _name_dimensions(
     return tuple(named)
 
 
-def _flops(value: ir.Value, known: Mapping[str, _Known]) -> float:
+def _flops(value: ir.Value, known: Mapping[str, Known]) -> float:
     """Two per multiplication of every product that ``value`` is made of."""
     total, waiting, seen = 0.0, [value], set[ir.Node]()
     while waiting:
@@ -219,7 +195,7 @@ def _flops(value: ir.Value, known: Mapping[str, _Known]) -> float:
     return total
 
 
-def _reduction(node: ir.Node, known: Mapping[str, _Known]) -> int:
+def _reduction(node: ir.Node, known: Mapping[str, Known]) -> int:
     """How many products every number of a product's output is the sum of."""
     operand = node.inputs[1] if node.op_type == "Conv" else node.inputs[0]
     assert operand is not None

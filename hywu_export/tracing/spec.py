@@ -64,6 +64,11 @@ class Axis:
     one_or: str | None = None
     sum: tuple[Term, ...] = ()
 
+    @property
+    def is_root(self) -> bool:
+        """Whether its size follows from no other axis."""
+        return self.of is None and self.one_or is None and not self.sum
+
     def size(self, sizes: Mapping[str, int]) -> int | None:
         """The size of an axis that follows from others, or None where one of these is not in ``sizes``."""
         return Written(of=self.of, divide=self.divide, sum=self.sum).size(sizes)
@@ -101,6 +106,20 @@ class GraphSpec:
     example_sizes: Mapping[str, int] = field(default_factory=dict)
     tile: int | None = None
     integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def all_sizes(roots: Mapping[str, int], axes: Mapping[str, Axis], one: bool = False) -> dict[str, int]:
+    """The sizes of all ``axes``, given those of the root axes; axes that may be 1 instead are, if ``one``."""
+    found = dict(roots)
+    for name, axis in axes.items():
+        if axis.one_or is not None:
+            found[name] = 1 if one else roots[axis.one_or]
+    waiting = {name: axis for name, axis in axes.items() if axis.of is not None or axis.sum}
+    while waiting:  # in any order, but without circles: tracing has resolved them
+        known = {name: size for name, axis in waiting.items() if (size := axis.size(found)) is not None}
+        found |= known
+        waiting = {name: axis for name, axis in waiting.items() if name not in known}
+    return found
 
 
 def resolve_axis(name: str, axes: Mapping[str, Axis]) -> tuple[str, int]:

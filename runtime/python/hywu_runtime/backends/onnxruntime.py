@@ -227,6 +227,9 @@ class OnnxRuntime:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised, with more words than the log has
+        # Each session has threads of its own. Waiting for work in a loop, as they do after a run by default,
+        # those of one graph would take the cores from the next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
             options.inter_op_num_threads = 1

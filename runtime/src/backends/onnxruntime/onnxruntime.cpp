@@ -371,6 +371,9 @@ public:
         const ort::SessionOptions options(raw);
         // These and no others: the Python runtime sets the same, and so the results are the same bytes.
         check(api.SetSessionLogSeverityLevel(raw, ORT_LOGGING_LEVEL_FATAL), "options cannot be made");
+        // Each session has threads of its own. Waiting for work in a loop, as they do after a run by default,
+        // those of one graph would take the cores from the next.
+        check(api.AddSessionConfigEntry(raw, "session.force_spinning_stop", "1"), "options cannot be made");
         if (threads_) {
             check(api.SetIntraOpNumThreads(raw, *threads_), "the threads cannot be set");
             check(api.SetInterOpNumThreads(raw, 1), "the threads cannot be set");
