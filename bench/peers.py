@@ -40,14 +40,25 @@ class Peer(Protocol):
 class Ours:
     """This project: deltas are inputs of the graph."""
 
-    def __init__(self, subject: Subject, mode: str = "low-rank", batch: int = 1, sets: int = 1):
+    def __init__(
+        self,
+        subject: Subject,
+        mode: str = "low-rank",
+        batch: int = 1,
+        sets: int = 1,
+        variant: str | None = None,
+    ):
         from hywu_export.benchmark.stages import stages_of
         from hywu_runtime import Deltas, Editor
 
         self.subject, self.batch = subject, batch
         self.picture: npt.NDArray[np.uint8] | None = None
         self.editor = Editor.load(
-            subject.bundles[mode], "ort-cpu", threads=subject.threads, sources={"base": str(subject.base)}
+            subject.bundles[mode],
+            "ort-cpu",
+            variant=variant,
+            threads=subject.threads,
+            sources={"base": str(subject.base)},
         )
         one = [Deltas(subject.deltas(number)) for number in range(2 * sets)]
         self.sets = [one[:sets] if sets > 1 else one[0], one[sets:] if sets > 1 else one[1]]
@@ -294,6 +305,7 @@ def _timed(run: Any) -> float:
 PEERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "low-rank": (Ours, {}),
     "winograd": (Ours, {"mode": "winograd"}),
+    "int8": (Ours, {"mode": "winograd", "variant": "int8"}),
     "merged": (Ours, {"mode": "merged"}),
     "peft": (Pipeline, {}),
     "hotswap": (Pipeline, {"hotswap": True}),

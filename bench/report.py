@@ -21,6 +21,7 @@ from hywu_export.benchmark.plots import milliseconds
 
 NAMES = {
     "low-rank": "this project, without Winograd",
+    "int8": "this project, INT8",
     "merged": "without Winograd, merged",
     "peft": "diffusers + PEFT",
     "hotswap": "diffusers, hotswap",

@@ -93,7 +93,38 @@ def make(name: str, out: Path, side: int | None, steps: int | None, threads: int
         if not (bundles[mode] / "manifest.json").exists():
             _export(base, bundles[mode], options)
     sides, counts = {"demo": 128, "860m": 256}, {"demo": 8, "860m": 8}
-    return Subject(name, base, bundles, side or sides[name], steps or counts[name], threads)
+    subject = Subject(name, base, bundles, side or sides[name], steps or counts[name], threads)
+    _calibrate(subject)
+    return subject
+
+
+def _calibrate(subject: Subject) -> None:
+    """An INT8 variant of the bundle for CPUs, from two edits with the LoRAs: ranges are real, quality is not
+    what is measured."""
+    import tempfile
+
+    from PIL import Image
+
+    from hywu_calibration.job import calibrate
+    from hywu_calibration.options import CalibrationOptions
+    from hywu_runtime import Deltas, Manifest
+
+    bundle = subject.bundles["winograd"]
+    if "int8" in Manifest.read(bundle).variants:
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "photos").mkdir()
+        Image.fromarray(subject.photo()).save(folder / "photos" / "photo.png")
+        (folder / "prompts.txt").write_text(f"{PROMPT}\n")
+        files = tuple(folder / f"{number}.safetensors" for number in range(2))
+        for number, file in enumerate(files):
+            Deltas(subject.deltas(number)).save(file)
+        options = CalibrationOptions(
+            "int8", images=folder / "photos", prompts=folder / "prompts.txt", samples=2, steps=2,
+            form="ort-cpu", min_psnr=0.0, max_wide=0.0, deltas=files, sources={"base": subject.base},
+        )  # fmt: skip
+        calibrate(bundle, options)
 
 
 def _export(base: Path, bundle: Path, mode: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -393,6 +394,15 @@ def test_threads_share_an_editor_or_have_their_own(toy: Path, editor: Editor) ->
         thread.join()
     for i in range(4):
         np.testing.assert_array_equal(results[i], expected[i])
+
+
+def test_no_graph_keeps_a_core_after_it_ran(toy: Path) -> None:
+    """Threads of ONNX Runtime that wait in a loop would take it from the next graph."""
+    editor = Editor.load(toy, threads=3)
+    edit(editor, photo(), "hello")
+    spent = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - spent < 0.02  # 0.1 s for each thread that waits in a loop
 
 
 def test_pil_output_sizes_and_limits(editor: Editor) -> None:
