@@ -99,8 +99,11 @@ def make(name: str, out: Path, side: int | None, steps: int | None, threads: int
 
 
 def _calibrate(subject: Subject) -> None:
-    """An INT8 variant of the bundle for CPUs, from two edits with the LoRAs: ranges are real, quality is not
-    what is measured."""
+    """INT8 for CPUs, from four edits with the LoRAs: ranges are real, quality is not what is measured.
+
+    As the variant ``int8`` of the bundle without Winograd products, and with them as ``int8-winograd``: these
+    together with observing values would take more memory than most machines have.
+    """
     import tempfile
 
     from PIL import Image
@@ -109,22 +112,45 @@ def _calibrate(subject: Subject) -> None:
     from hywu_calibration.options import CalibrationOptions
     from hywu_runtime import Deltas, Manifest
 
-    bundle = subject.bundles["winograd"]
-    if "int8" in Manifest.read(bundle).variants:
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "photos").mkdir()
-        Image.fromarray(subject.photo()).save(folder / "photos" / "photo.png")
-        (folder / "prompts.txt").write_text(f"{PROMPT}\n")
-        files = tuple(folder / f"{number}.safetensors" for number in range(2))
-        for number, file in enumerate(files):
-            Deltas(subject.deltas(number)).save(file)
-        options = CalibrationOptions(
-            "int8", images=folder / "photos", prompts=folder / "prompts.txt", samples=2, steps=2,
-            form="ort-cpu", min_psnr=0.0, max_wide=0.0, deltas=files, sources={"base": subject.base},
-        )  # fmt: skip
-        calibrate(bundle, options)
+    bundle = subject.bundles["low-rank"]
+    if "int8" not in Manifest.read(bundle).variants:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "photos").mkdir()
+            Image.fromarray(subject.photo()).save(folder / "photos" / "photo.png")
+            (folder / "prompts.txt").write_text(f"{PROMPT}\n")
+            files = tuple(folder / f"{number}.safetensors" for number in range(2))
+            for number, file in enumerate(files):
+                Deltas(subject.deltas(number)).save(file)
+            options = CalibrationOptions(
+                "int8", images=folder / "photos", prompts=folder / "prompts.txt", samples=4, steps=2,
+                form="ort-cpu", min_psnr=0.0, max_wide=0.0, deltas=files, sources={"base": subject.base},
+            )  # fmt: skip
+            calibrate(bundle, options)
+    if "int8-winograd" not in Manifest.read(bundle).variants:
+        _with_winograd(subject, bundle)
+
+
+def _with_winograd(subject: Subject, bundle: Path) -> None:
+    from hywu_export.bundle.variants import load_graph, write_variant
+    from hywu_export.passes.winograd import Span, winograd
+    from hywu_runtime import Bundle
+    from hywu_runtime.backends.onnxruntime import INTEGER_PRODUCTS
+    from hywu_runtime.program import resolve_axes
+
+    opened = Bundle.open(bundle, sources={"base": str(subject.base)})
+    manifest = opened.manifest
+    assert manifest.image is not None
+    sides = {name: manifest.axes[name] for name in ("height", "width")}
+    spans = {n: Span(axis.min or 1, axis.max or 1, axis.multiple) for n, axis in sides.items()}
+    sizes = [
+        resolve_axes(manifest, 1, {manifest.image.tensor: np.broadcast_to(np.uint8(0), (1, side, side, 3))})
+        for side in (subject.side, spans["height"].least, spans["height"].most)
+    ]
+    models = {graph: load_graph(opened, graph, "int8") for graph in manifest.graphs}
+    for model in models.values():
+        winograd(model, *sizes, spans)
+    write_variant(bundle, "int8-winograd", "int8", models, suffix=INTEGER_PRODUCTS)
 
 
 def _export(base: Path, bundle: Path, mode: dict[str, Any]) -> None:

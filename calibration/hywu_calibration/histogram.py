@@ -11,9 +11,8 @@ BINS = 4096
 """Bins of a histogram. The largest value lies in the upper half, so at least 2048 of them are in use."""
 
 _CHUNK = 1 << 20  # values at a time: bounds the memory of intermediates
-_LEAST_EXPONENT = (
-    -120
-)  # below, all is zero: 2**-120 is under float16's and int8's horizon, and bins stay normal
+_LEAST_EXPONENT = -115
+"""Below, all is zero: it is under FP16's and INT8's horizon, and bins to a unit stay a float32 (2**127)."""
 
 
 class Histogram:

@@ -56,8 +56,9 @@ from hywu_export.passes.quantize import quantize
 from hywu_export.passes.weights8 import quantize_weights
 from hywu_export.passes.winograd import is_winograd
 from hywu_runtime.backends import create_backend
+from hywu_runtime.backends.onnxruntime import INTEGER_PRODUCTS
 from hywu_runtime.bundle import Bundle
-from hywu_runtime.errors import DeltaError, UnsupportedError
+from hywu_runtime.errors import DeltaError, InputError, UnsupportedError
 from hywu_runtime.files import write_atomically
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def calibrate(bundle: str | Path, options: CalibrationOptions, progress: Progres
     it is run again, and ends with the same bytes.
 
     Raises:
-        InputError: an option, the photographs or the prompts cannot be used.
+        InputError: an option, the photographs or the prompts cannot be used, or samples are too few.
         BundleError: the bundle is damaged, makes values that are not finite, or cannot be written.
         UnsupportedError: the bundle makes no images, or was exported for CPUs.
         DeltaError: deltas do not fit.
@@ -169,6 +170,7 @@ class _Job:
             result.models,
             extra,
             "report.json",
+            suffix=INTEGER_PRODUCTS if self._unsigned else ".onnx",
         )
         self.work.done()
         return report
@@ -184,6 +186,13 @@ class _Job:
                 blame(self.models[record.graph], record)
             raise
         self.counts = self.recordings.counts()
+        unseen = [graph for graph in self.models if not self.counts[graph]]
+        if unseen:
+            raise InputError(
+                f"None of the samples ran graph {unseen[0]!r}: {len(self.data.samples)} samples",
+                "Expected every graph to be observed; guidance differs in every fourth sample",
+                "Give --samples 4 or more",
+            )
 
     def _extremes(self) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
         """By graph and value: the largest absolute value, and the size of what layers read."""
@@ -300,7 +309,7 @@ class _Job:
         for part, graph in enumerate(plan):
             records, count = self._some(graph)
             stage = self.work.stage("SQNR", part, len(plan))
-            sqnr[graph] = layer_sqnr(self.models[graph], plan[graph], records, count, stage)
+            sqnr[graph] = layer_sqnr(self.models[graph], plan[graph], records, count, stage, self._unsigned)
         order = ranking(sqnr)
         budget = max(0, int(options.max_wide * len(found.names)) - len({wide.name for wide in constant}))
 
@@ -318,6 +327,10 @@ class _Job:
         return _Result(
             models, self._layer_reports(found, sqnr, {*dropped, *(w.name for w in constant)}), wide
         )
+
+    @property
+    def _unsigned(self) -> bool:
+        return self.options.form == "ort-cpu"
 
     def _observe(
         self,
@@ -345,9 +358,8 @@ class _Job:
 
     def _quantized(self, plan: Plan) -> dict[str, ir.Model]:
         """The graphs with some layers in INT8, the rest in FP32."""
-        unsigned = self.options.form == "ort-cpu"
         return {
-            graph: quantize(self.models[graph].clone(), layers, unsigned=unsigned)
+            graph: quantize(self.models[graph].clone(), layers, unsigned=self._unsigned)
             for graph, layers in plan.items()
         }
 

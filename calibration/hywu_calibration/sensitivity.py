@@ -29,6 +29,7 @@ def layer_sqnr(
     records: Iterable[Record],
     count: int,
     progress: Progress | None = None,
+    unsigned: bool = False,
 ) -> dict[str, float]:
     """Signal to quantization noise of each layer's output in INT8, in dB, each layer for itself.
 
@@ -36,11 +37,12 @@ def layer_sqnr(
         model: in FP32.
         layers: how they are to be quantized.
         records: ``count`` of them, of this graph.
+        unsigned: as for `quantize`.
     """
     from hywu_export.passes.quantize import quantize_layers
 
     def alter(altered: ir.Model, twins: Sequence[Layer]) -> None:
-        quantize_layers(altered, [(twin, layers[twin.name]) for twin in twins])
+        quantize_layers(altered, [(twin, layers[twin.name]) for twin in twins], unsigned)
 
     return _sqnr(model, layers, alter, records, count, progress)
 

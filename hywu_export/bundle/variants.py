@@ -109,6 +109,7 @@ def write_variant(
     extra: Mapping[str, Iterable[bytes]] | None = None,
     report: str | None = None,
     progress: Callable[[str, int, int], object] | None = None,
+    suffix: str = ".onnx",
 ) -> Manifest:
     """Adds models to a bundle as its variant ``name``, in the place of one of that name.
 
@@ -119,6 +120,7 @@ def write_variant(
         graphs: by the names of the bundle's graphs, with their signatures.
         extra: further files of the variant's folder, by name.
         report: which of them is the report.
+        suffix: of the graphs' files; see `hywu_runtime.backends.onnxruntime.INTEGER_PRODUCTS`.
     Returns:
         the bundle's new manifest.
     Raises:
@@ -135,13 +137,13 @@ def write_variant(
             addition.write(file.name, file.chunks())
         for done, (graph, model) in enumerate(graphs.items(), len(files)):
             tell(graph, done, total)
-            addition.write(f"{graph}.onnx", [stored.serialize(graph, model, files)])
+            addition.write(f"{graph}{suffix}", [stored.serialize(graph, model, files)])
         for path, chunks in (extra or {}).items():
             addition.write(path, chunks)
-        linked = {f"{folder}/{graph}.onnx": links for graph, links in stored.links.items()}
+        linked = {f"{folder}/{graph}{suffix}": links for graph, links in stored.links.items()}
         variant = Variant(
             precision,
-            {graph: f"{folder}/{graph}.onnx" for graph in graphs},
+            {graph: f"{folder}/{graph}{suffix}" for graph in graphs},
             None if report is None else f"{folder}/{report}",
         )
         return addition.commit(

@@ -25,6 +25,9 @@ import onnx_ir as ir
 from hywu_export.passes.layers import Layer, find_layers
 
 LEVELS = 127
+LEVELS_AVX2 = 63
+"""Of a weight beside UINT8 activations: 2 · 255 · 63 fits into 16 bits, in which CPUs that have AVX2 but not
+VNNI add two products."""
 LEAST_SCALE = 2.0**-14
 """The smallest FP16 number with all its digits: scales are FP16, and a smaller one would be lost on the
 way. A tensor that stays below 127 times this, 0.0078, loses resolution; its SQNR shows it."""
@@ -46,9 +49,9 @@ class Quantized:
     smoothing: npt.NDArray[np.float32] | None = field(default=None, compare=False)
 
 
-def half_scale(threshold: float, least: float = LEAST_SCALE) -> float:
-    """The smallest FP16 number, from ``least``, that is no smaller than ``threshold / 127``."""
-    exact = max(threshold / LEVELS, least)
+def half_scale(threshold: float, least: float = LEAST_SCALE, levels: int = LEVELS) -> float:
+    """The smallest FP16 number, from ``least``, that is no smaller than ``threshold / levels``."""
+    exact = max(threshold / levels, least)
     rounded = np.float16(min(exact, 65504.0))
     if float(rounded) < exact:
         rounded = np.nextafter(rounded, np.float16(np.inf))
@@ -56,7 +59,10 @@ def half_scale(threshold: float, least: float = LEAST_SCALE) -> float:
 
 
 def quantize_weight(
-    weight: npt.NDArray[Any], axis: int, smoothing: npt.NDArray[np.float32] | None = None
+    weight: npt.NDArray[Any],
+    axis: int,
+    smoothing: npt.NDArray[np.float32] | None = None,
+    levels: int = LEVELS,
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """A weight as INT8 and the scales of its output channels, numbers that FP16 holds exactly.
 
@@ -65,6 +71,7 @@ def quantize_weight(
         axis: of the output channels.
         smoothing: ``[K]``, multiplies the input channels: the other axis of a matrix, axis 1 of a
             convolution's weight.
+        levels: the largest integer.
     Returns:
         int8 of the same shape, and float32 ``[N]``.
     """
@@ -74,9 +81,9 @@ def quantize_weight(
     others = tuple(i for i in range(wide.ndim) if i != axis)
     largest = np.abs(wide).max(axis=others)
     least = LEAST_CHANNEL_SCALE if largest.max(initial=0) >= LEAST_SCALE * LEVELS else LEAST_SCALE
-    scales = np.array([half_scale(float(value), least) for value in largest], np.float32)
+    scales = np.array([half_scale(float(value), least, levels) for value in largest], np.float32)
     steps = np.expand_dims(scales, others)
-    return np.clip(np.rint(wide / steps), -LEVELS, LEVELS).astype(np.int8), scales
+    return np.clip(np.rint(wide / steps), -levels, levels).astype(np.int8), scales
 
 
 def quantize(model: ir.Model, layers: Mapping[str, Quantized], unsigned: bool = False) -> ir.Model:
@@ -87,7 +94,7 @@ def quantize(model: ir.Model, layers: Mapping[str, Quantized], unsigned: bool = 
     Args:
         layers: how each is quantized, by name.
         unsigned: activations are UINT8 with zero point 128 instead of INT8 with 0: the same numbers, and
-            the only ones that ONNX Runtime has fast kernels for on x86.
+            the only ones that ONNX Runtime has fast kernels for on x86; weights use `LEVELS_AVX2`.
     Raises:
         KeyError: a layer is not in the model.
     """
@@ -111,7 +118,8 @@ def quantize_layers(
         if key not in shared:
             shared[key] = _quantizer(graph, layer, quantized, zero)
         data = _dequantizer(graph, layer, shared[key])
-        weight = dequantized_weight(graph, layer, quantized.smoothing)
+        levels = LEVELS_AVX2 if unsigned else LEVELS
+        weight = dequantized_weight(graph, layer, quantized.smoothing, levels)
         if layer.op == "Gemm":
             _to_matmul(graph, layer, data, weight)
         else:
@@ -156,13 +164,16 @@ def _dequantizer(graph: ir.Graph, layer: Layer, integers: ir.Value) -> ir.Value:
 
 
 def dequantized_weight(
-    graph: ir.Graph, layer: Layer, smoothing: npt.NDArray[np.float32] | None = None
+    graph: ir.Graph,
+    layer: Layer,
+    smoothing: npt.NDArray[np.float32] | None = None,
+    levels: int = LEVELS,
 ) -> ir.Value:
     """The INT8 weight through DQ, in the layout that a MatMul or Conv reads.
 
     A module that is used twice has one INT8 weight, unless its uses are smoothed in different ways.
     """
-    value, scales = _integers(graph, layer, smoothing)
+    value, scales = _integers(graph, layer, smoothing, levels)
     axis = 0 if layer.op == "Conv" else 1
     node = ir.node(
         "DequantizeLinear", [value, scales], {"axis": axis}, name=f"{layer.name}.weight/DequantizeLinear"
@@ -173,7 +184,7 @@ def dequantized_weight(
 
 
 def _integers(
-    graph: ir.Graph, layer: Layer, smoothing: npt.NDArray[np.float32] | None
+    graph: ir.Graph, layer: Layer, smoothing: npt.NDArray[np.float32] | None, levels: int
 ) -> tuple[ir.Value, ir.Value]:
     """The INT8 weight and its scales, as another use of the module has left them or new ones."""
     stored = layer.weight.const_value
@@ -186,10 +197,10 @@ def _integers(
         if there.meta["turned"] == turn and _same(there.meta["smoothing"], smoothing):
             return there, graph.initializers[f"{base}.scale"]
         base = f"{layer.name}.weight"
-    scales = quantize_weight(stored.numpy(), layer.output_axis, smoothing)[1]
+    scales = quantize_weight(stored.numpy(), layer.output_axis, smoothing, levels)[1]
 
     def integers() -> ir.Tensor[Any]:
-        values = quantize_weight(stored.numpy(), layer.output_axis, smoothing)[0]
+        values = quantize_weight(stored.numpy(), layer.output_axis, smoothing, levels)[0]
         return ir.Tensor(np.ascontiguousarray(values.T if turn else values), name=f"{base}.int8")
 
     shape = ir.Shape(dimensions[::-1] if turn else dimensions)

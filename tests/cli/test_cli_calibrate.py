@@ -257,7 +257,7 @@ def test_disk_full_at_the_end(own: Path, data: tuple[Any, ...], monkeypatch: pyt
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    arguments = ("calibrate", own, "--variant", "fp16", *data, "--steps", 1, "--samples", 2, "--min-psnr", 20)
+    arguments = ("calibrate", own, "--variant", "fp16", *data, "--steps", 1, "--samples", 4, "--min-psnr", 20)
     assert "No space left" in refused(*arguments)
     monkeypatch.undo()
     assert files(own) == before
@@ -272,7 +272,7 @@ def test_disk_full_at_the_end(own: Path, data: tuple[Any, ...], monkeypatch: pyt
 
 def test_linked_weights(pair: Any, linked_bundle: Path, data: tuple[Any, ...], tmp_path: Path) -> None:
     own = Path(shutil.copytree(linked_bundle, tmp_path / "bundle"))
-    few = ("calibrate", own, *data, "--steps", 1, "--samples", 2, "--min-psnr", 20, "--variant")
+    few = ("calibrate", own, *data, "--steps", 1, "--samples", 4, "--min-psnr", 20, "--variant")
     assert "--source" in refused(*few, "fp16")
     sources = ("--source", f"base={pair.base}", "--source", f"generator={pair.generator}")
     answer(*few, "fp16", *sources)

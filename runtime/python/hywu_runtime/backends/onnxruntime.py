@@ -23,6 +23,9 @@ _DTYPES = {
     "tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(int64)": "int64",
     "tensor(float16)": "float16", "tensor(float)": "float32",
 }  # fmt: skip
+INTEGER_PRODUCTS = ".ort-cpu.onnx"
+"""Ends the names of graphs whose INT8 products ONNX Runtime may compute in integers. In others these would
+saturate on CPUs that have AVX2 but not VNNI, which add two of them in 16 bits."""
 _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which NumPy lacks
 
 
@@ -230,6 +233,8 @@ class OnnxRuntime:
         # Each session has threads of its own. Waiting for work in a loop, as they do after a run by default,
         # those of one graph would take the cores from the next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not file.name.endswith(INTEGER_PRODUCTS):
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
             options.inter_op_num_threads = 1
