@@ -28,7 +28,7 @@ from hywu_export.benchmark.plots import milliseconds
 
 MOST_LEVELS = 2  # by which pictures may differ: diffusers rounds elsewhere
 NARROW = {"int8"}
-"""Peers whose pictures differ: by how much is a matter of `hywu calibrate`, whose report says it."""
+"""Peers whose pictures differ: their ranges are not calibrated here."""
 REFERENCE = "winograd"
 """This project, as it is exported for CPUs."""
 REFERENCES = {

@@ -305,7 +305,7 @@ def _timed(run: Any) -> float:
 PEERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "low-rank": (Ours, {}),
     "winograd": (Ours, {"mode": "winograd"}),
-    "int8": (Ours, {"variant": "int8-winograd"}),
+    "int8": (Ours, {"mode": "winograd", "variant": "int8"}),
     "merged": (Ours, {"mode": "merged"}),
     "peft": (Pipeline, {}),
     "hotswap": (Pipeline, {"hotswap": True}),

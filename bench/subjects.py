@@ -94,63 +94,28 @@ def make(name: str, out: Path, side: int | None, steps: int | None, threads: int
             _export(base, bundles[mode], options)
     sides, counts = {"demo": 128, "860m": 256}, {"demo": 8, "860m": 8}
     subject = Subject(name, base, bundles, side or sides[name], steps or counts[name], threads)
-    _calibrate(subject)
+    _add_int8(subject)
     return subject
 
 
-def _calibrate(subject: Subject) -> None:
-    """INT8 for CPUs, from four edits with the LoRAs: ranges are real, quality is not what is measured.
-
-    As the variant ``int8`` of the bundle without Winograd products, and with them as ``int8-winograd``: these
-    together with observing values would take more memory than most machines have.
-    """
-    import tempfile
-
-    from PIL import Image
-
-    from hywu_calibration.job import calibrate
-    from hywu_calibration.options import CalibrationOptions
-    from hywu_runtime import Deltas, Manifest
-
-    bundle = subject.bundles["low-rank"]
-    if "int8" not in Manifest.read(bundle).variants:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "photos").mkdir()
-            Image.fromarray(subject.photo()).save(folder / "photos" / "photo.png")
-            (folder / "prompts.txt").write_text(f"{PROMPT}\n")
-            files = tuple(folder / f"{number}.safetensors" for number in range(2))
-            for number, file in enumerate(files):
-                Deltas(subject.deltas(number)).save(file)
-            options = CalibrationOptions(
-                "int8", images=folder / "photos", prompts=folder / "prompts.txt", samples=4, steps=2,
-                form="ort-cpu", min_psnr=0.0, max_wide=0.0, deltas=files, sources={"base": subject.base},
-            )  # fmt: skip
-            calibrate(bundle, options)
-    if "int8-winograd" not in Manifest.read(bundle).variants:
-        _with_winograd(subject, bundle)
-
-
-def _with_winograd(subject: Subject, bundle: Path) -> None:
+def _add_int8(subject: Subject) -> None:
+    """The variant ``int8`` for CPUs, for its times alone: ranges are not calibrated, as random weights make
+    no pictures that would tell good ranges from bad ones."""
     from hywu_export.bundle.variants import load_graph, write_variant
-    from hywu_export.passes.winograd import Span, winograd
-    from hywu_runtime import Bundle
+    from hywu_export.passes.layers import find_layers
+    from hywu_export.passes.quantize import Quantized, half_scale, quantize
+    from hywu_runtime import Bundle, Manifest
     from hywu_runtime.backends.onnxruntime import INTEGER_PRODUCTS
-    from hywu_runtime.program import resolve_axes
 
+    bundle = subject.bundles["winograd"]
+    if "int8" in Manifest.read(bundle).variants:
+        return
     opened = Bundle.open(bundle, sources={"base": str(subject.base)})
-    manifest = opened.manifest
-    assert manifest.image is not None
-    sides = {name: manifest.axes[name] for name in ("height", "width")}
-    spans = {n: Span(axis.min or 1, axis.max or 1, axis.multiple) for n, axis in sides.items()}
-    sizes = [
-        resolve_axes(manifest, 1, {manifest.image.tensor: np.broadcast_to(np.uint8(0), (1, side, side, 3))})
-        for side in (subject.side, spans["height"].least, spans["height"].most)
-    ]
-    models = {graph: load_graph(opened, graph, "int8") for graph in manifest.graphs}
+    models = {graph: load_graph(opened, graph) for graph in opened.manifest.graphs}
     for model in models.values():
-        winograd(model, *sizes, spans)
-    write_variant(bundle, "int8-winograd", "int8", models, suffix=INTEGER_PRODUCTS)
+        layers = [layer for layer in find_layers(model) if layer.op != "Conv" and not layer.small]
+        quantize(model, {layer.name: Quantized(half_scale(8.0)) for layer in layers}, unsigned=True)
+    write_variant(bundle, "int8", "int8", models, suffix=INTEGER_PRODUCTS)
 
 
 def _export(base: Path, bundle: Path, mode: dict[str, Any]) -> None:

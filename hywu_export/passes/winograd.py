@@ -1,18 +1,18 @@
-"""3x3 convolutions as Winograd products: a quarter, or four ninths, of the multiplications.
+"""3x3 convolutions as Winograd products: a quarter of the multiplications.
 
-A tile of m x m results is computed from n x n inputs, n = m + 2, with one multiplication for each of these
-(S. Winograd, "Arithmetic complexity of computations", 1980; A. Lavin and S. Gray, arXiv 1509.09308):
+A tile of 4 x 4 results is computed from 6 x 6 inputs with one multiplication for each of these (S. Winograd,
+"Arithmetic complexity of computations", 1980; A. Lavin and S. Gray, arXiv 1509.09308):
 
     y = A [ (G w Gt) * (D x Dt) ] At
 
-In the graph that is a convolution with stride m and D as its kernel, a batch of n² products over the
+In the graph that is a convolution with stride 4 and D as its kernel, a batch of 36 products over the
 channels, a product with A, and putting tiles side by side. ``G w Gt`` stands in the graph too, on the
 parameter as the checkpoint has it, and is computed when the graph is loaded. The matrices are those of Toom
-and Cook for the points 0, ±1/√2, ±√2 and infinity (m = 4), whose error is about half of that of 0, ±1, ±2,
-or 0, ±1 and infinity (m = 2).
+and Cook for the points 0, ±1/√2, ±√2 and infinity, whose error is about half of that of 0, ±1, ±2.
 
 This is for runtimes that have no such algorithm of their own, as ONNX Runtime's on CPUs; compilers for GPUs
-choose among several. In half precision too many digits are lost.
+choose among several. In half precision too many digits are lost. Tiles of 2 x 2, with four ninths of the
+multiplications, saved next to nothing.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from hywu_export.passes.inference import infer
 Matrix: TypeAlias = npt.NDArray[np.floating[Any]]
 
 CONSTANTS = "constant/winograd"
-POINTS: Mapping[int, tuple[float, ...]] = {2: (0, 1, -1), 4: (0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))}
-"""Finite points by the side of a tile's results."""
+TILE = 4
+"""The side of a tile's results."""
+SIDE = TILE + 2
+"""The side of what a tile is computed from."""
+POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
+"""The finite ones."""
 FLOPS_PER_BYTE = 10.0
 """What a CPU core computes while it moves a byte."""
-LEAST_APART = 16
-"""Tiles of a sample from which on its products stay apart from other samples': it saves moving them."""
-LEAST_GAIN = 1.2
-"""Of the estimated cost; below, what the estimate leaves out decides."""
+LEAST_GAIN = 2.0
+"""Of the estimated cost: what is gained must be worth four times the weight's memory, and loading it."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,6 @@ class _Convolution:
     node: ir.Node
     inputs: int
     outputs: int
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """A convolution's usual size, and for each of height and width what always divides it."""
-
-    rows: int
-    height: int
-    width: int
-    divisors: tuple[int, int]
 
 
 def winograd(
@@ -96,12 +88,8 @@ def winograd(
             continue
         shapes = [values[name].shape for values in known]
         height, width = (_divisor(shapes[1][i], shapes[2][i], spans) for i in (2, 3))
-        scale = _Scale(shapes[0][0], shapes[0][2], shapes[0][3], (height, width))
-        tile = _best_tile(convolution, scale)
-        if tile is not None:
-            apart = math.ceil(scale.height / tile) * math.ceil(scale.width / tile) >= LEAST_APART
-            whole = height % tile == width % tile == 0
-            _Rewriter(model.graph, convolution, tile, apart).replace(whole)
+        if _pays(convolution, shapes[0]):
+            _Rewriter(model.graph, convolution).replace(whole=height % TILE == width % TILE == 0)
             replaced += 1
     RemoveUnusedNodesPass()(model)
     return replaced
@@ -117,15 +105,15 @@ def is_winograd_constant(name: str) -> bool:
     return name.startswith(CONSTANTS)
 
 
-def matrices(tile: int) -> tuple[Matrix, Matrix, Matrix]:
-    """D ``[n, n]``, G ``[n, 3]`` and A ``[tile, n]`` for tiles of 2 or 4 results."""
-    a, g, d = (_powers(POINTS[tile], columns) for columns in (tile, 3, tile + 2))
+def matrices() -> tuple[Matrix, Matrix, Matrix]:
+    """D ``[6, 6]``, G ``[6, 3]`` and A ``[4, 6]``."""
+    a, g, d = (_powers(columns) for columns in (TILE, 3, SIDE))
     return np.linalg.inv(d).T, g, a.T
 
 
-def _powers(points: Sequence[float], columns: int) -> Matrix:
+def _powers(columns: int) -> Matrix:
     """The powers of every finite point; the last row is infinity."""
-    finite = np.power.outer(np.array(points, float), np.arange(columns))
+    finite = np.power.outer(np.array(POINTS), np.arange(columns))
     return np.vstack([finite, np.eye(columns)[-1:]])
 
 
@@ -172,56 +160,57 @@ def _divisor(least: int, most: int, spans: Mapping[str, Span]) -> int:
     return 1
 
 
-def _best_tile(convolution: _Convolution, scale: _Scale) -> int | None:
-    """The side of the tiles that cost least, or None if none costs less than the convolution by far."""
-    inputs, outputs, rows = convolution.inputs, convolution.outputs, scale.rows
-    weights = 4 * inputs * outputs
-    direct = 18 * rows * inputs * outputs * scale.height * scale.width + FLOPS_PER_BYTE * 9 * weights
-    costs = {}
-    for tile in POINTS:
-        side = (tile + 2) ** 2
-        tiles = rows * math.ceil(scale.height / tile) * math.ceil(scale.width / tile)
-        products = 2 * side * tiles * inputs * outputs
-        turns = 2 * side * tiles * (side * inputs + tile**2 * outputs)
-        moved = weights * side + 4 * 4 * side * tiles * (inputs + outputs)
-        costs[tile] = products + turns + FLOPS_PER_BYTE * moved
-    best = min(costs, key=lambda tile: costs[tile])
-    return best if costs[best] * LEAST_GAIN <= direct else None
+def _pays(convolution: _Convolution, shape: tuple[int, ...]) -> bool:
+    """Whether the products are estimated to cost much less than the convolution, for inputs of ``shape``."""
+    inputs, outputs = convolution.inputs, convolution.outputs
+    rows, _, height, width = shape
+    tiles, weights = rows * math.ceil(height / TILE) * math.ceil(width / TILE), 4 * inputs * outputs
+    direct = 18 * rows * inputs * outputs * height * width + FLOPS_PER_BYTE * 9 * weights
+    products = 2 * SIDE**2 * tiles * inputs * outputs
+    turns = 2 * SIDE**2 * tiles * (SIDE**2 * inputs + TILE**2 * outputs)
+    moved = SIDE**2 * (weights + 4 * 4 * tiles * (inputs + outputs))
+    return direct >= LEAST_GAIN * (products + turns + FLOPS_PER_BYTE * moved)
 
 
 class _Rewriter:
     """Puts the nodes in the place of one convolution."""
 
-    def __init__(self, graph: ir.Graph, convolution: _Convolution, tile: int, apart: bool):
-        self.graph, self.convolution, self.tile, self.apart = graph, convolution, tile, apart
+    def __init__(self, graph: ir.Graph, convolution: _Convolution):
+        self.graph, self.convolution = graph, convolution
         self.name = str(convolution.node.outputs[0].name)
 
     def replace(self, whole: bool) -> None:
-        """``whole``: height and width are multiples of the tile's side at all sizes."""
-        node, tile, side = self.convolution.node, self.tile, (self.tile + 2) ** 2
-        outputs = self.convolution.outputs
+        """``whole``: height and width are multiples of a tile's side at all sizes."""
+        node, inputs, outputs = self.convolution.node, self.convolution.inputs, self.convolution.outputs
         data, weight, bias = (*node.inputs, None)[:3]
         assert data is not None
         assert weight is not None
-        spread, kernels, gather = matrices(tile)
+        spread, kernels, gather = matrices()
         size = self._add("Shape", [data], "size", start=2)
-        planes = self._add("Reshape", [data, self._sizes([-1, 1], size, "planes")], "plane")
-        end = 1 if whole else tile
+        planes = self._add("Reshape", [data, self._sizes([-1, 1], size, "plane_sizes")], "planes")
+        end = 1 if whole else TILE
         points = self._add(
-            "Conv", [planes, self._matrix("spread", _twice(spread).reshape(side, 1, tile + 2, tile + 2))],
-            "points", strides=[tile, tile], pads=[1, 1, end, end],
+            "Conv", [planes, self._matrix("spread", _twice(spread).reshape(SIDE**2, 1, SIDE, SIDE))],
+            "points", strides=[TILE, TILE], pads=[1, 1, end, end],
         )  # fmt: skip
         tiles = self._add("Shape", [points], "tiles", start=2)
         high, wide = (self._add("Shape", [points], f"tiles{i}", start=i, end=i + 1) for i in (2, 3))
         count = self._add("Mul", [high, wide], "count")
-        kernel, gatherer = self._kernels(weight, kernels), self._matrix("gather", _twice(gather))
-        made = (self._apart if self.apart else self._together)(points, kernel, gatherer, tiles, count)
-        if not whole:
-            padded = self._add("Mul", [tiles, self._integers([tile])], "padded")
+        turned = self._add("Transpose", [points], "turned", perm=[1, 0, 2, 3])
+        read_sizes = self._sizes([SIDE**2, -1, inputs], count, "read_sizes")
+        read = self._add("Reshape", [turned, read_sizes], "read")
+        product = self._add("MatMul", [self._kernels(weight, kernels), read], "product")
+        flat = self._add("Reshape", [product, self._integers([SIDE**2, -1])], "flat")
+        gathered = self._add("MatMul", [self._matrix("gather", _twice(gather)), flat], "gathered")
+        part_sizes = self._sizes([TILE, TILE, -1], tiles, "part_sizes")
+        parts = self._add("Reshape", [gathered, part_sizes], "parts")
+        made = self._add("Transpose", [parts], "laid", perm=[2, 3, 0, 4, 1])
+        if whole:
+            made = self._add("Reshape", [made, self._sizes([-1, outputs], size, "made_sizes")], "made")
+        else:
+            padded = self._add("Mul", [tiles, self._integers([TILE])], "padded")
             grid = self._add("Reshape", [made, self._sizes([-1, outputs], padded, "grid_sizes")], "grid")
             made = self._add("Slice", [grid, self._integers([0, 0]), size, self._integers([2, 3])], "made")
-        else:
-            made = self._add("Reshape", [made, self._sizes([-1, outputs], size, "made_sizes")], "made")
         if bias is not None:
             column = self._add("Unsqueeze", [bias, self._integers([1, 2])], "bias")
             made = self._add("Add", [made, column], "sum")
@@ -231,46 +220,13 @@ class _Rewriter:
         self.graph.remove(node, safe=True)
         made.name = self.name
 
-    def _apart(
-        self, points: ir.Value, kernel: ir.Value, gather: ir.Value, tiles: ir.Value, count: ir.Value
-    ) -> ir.Value:
-        """Each sample's products apart: only rows of tiles move. ``[rows outputs, y, tile, x, tile]``."""
-        tile, side = self.tile, (self.tile + 2) ** 2
-        turned = self._add("Transpose", [points], "turned", perm=[1, 0, 2, 3])
-        sizes = self._sizes([side, -1, self.convolution.inputs], count, "read_sizes")
-        read = self._add("Reshape", [turned, sizes], "read")
-        wide = self._add("Unsqueeze", [kernel, self._integers([1])], "wide")
-        product = self._add("MatMul", [wide, read], "product")
-        flat = self._add("Reshape", [product, self._integers([side, -1])], "flat")
-        gathered = self._add("MatMul", [gather, flat], "gathered")
-        parts = self._sizes([tile, tile, -1], tiles, "part_sizes")
-        return self._add(
-            "Transpose", [self._add("Reshape", [gathered, parts], "parts")], "laid", perm=[2, 3, 0, 4, 1]
-        )
-
-    def _together(
-        self, points: ir.Value, kernel: ir.Value, gather: ir.Value, tiles: ir.Value, count: ir.Value
-    ) -> ir.Value:
-        """One product for all samples, which have few tiles each. ``[rows outputs, 1, y tile, x tile]``."""
-        tile, side = self.tile, (self.tile + 2) ** 2
-        inputs, outputs = self.convolution.inputs, self.convolution.outputs
-        parted = self._add("Reshape", [points, self._sizes([-1, inputs, side], count, "parts")], "parted")
-        turned = self._add("Transpose", [parted], "turned", perm=[2, 1, 0, 3])
-        read = self._add("Reshape", [turned, self._integers([side, inputs, -1])], "read")
-        product = self._add("MatMul", [kernel, read], "product")
-        rows = self._add("Reshape", [product, self._sizes([side, outputs, -1], count, "row_sizes")], "rows")
-        back = self._add("Transpose", [rows], "back", perm=[2, 1, 0, 3])
-        gathered = self._add("MatMul", [gather, back], "gathered")
-        blocks = self._add("Reshape", [gathered, self._sizes([-1, tile**2], tiles, "block_sizes")], "blocks")
-        return self._add("DepthToSpace", [blocks], "laid", blocksize=tile)
-
     def _kernels(self, weight: ir.Value, kernels: Matrix) -> ir.Value:
-        """The parameter ``[outputs, inputs, 3, 3]`` as ``[n², outputs, inputs]``."""
-        side, shape = (self.tile + 2) ** 2, [self.convolution.outputs, self.convolution.inputs]
+        """The parameter ``[outputs, inputs, 3, 3]`` as ``[36, 1, outputs, inputs]``."""
+        shape = [SIDE**2, 1, self.convolution.outputs, self.convolution.inputs]
         taps = self._add("Reshape", [weight, self._integers([-1, 9])], "taps")
         turned = self._add("Transpose", [taps], "tapped", perm=[1, 0])
         made = self._add("MatMul", [self._matrix("kernels", _twice(kernels)), turned], "transformed")
-        return self._add("Reshape", [made, self._integers([side, *shape])], "kernel")
+        return self._add("Reshape", [made, self._integers(shape)], "kernel")
 
     def _add(self, kind: str, inputs: Sequence[ir.Value], name: str, **attributes: object) -> ir.Value:
         node = ir.node(kind, inputs, attributes, name=f"{self.name}/{name}")
@@ -288,7 +244,7 @@ class _Rewriter:
         return self._constant(f"{CONSTANTS}/{text}", np.array(numbers, np.int64))
 
     def _matrix(self, name: str, matrix: Matrix) -> ir.Value:
-        return self._constant(f"{CONSTANTS}{self.tile}/{name}", matrix.astype(np.float32))
+        return self._constant(f"{CONSTANTS}/{name}", matrix.astype(np.float32))
 
     def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         if name not in self.graph.initializers:

@@ -19,12 +19,10 @@ from hywu_export.tracing import Axis, TensorSpec
 Array = np.ndarray[Any, Any]
 
 
-@pytest.fixture(params=[2, 4], ids=["F2", "F4"])
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Lets every convolution be replaced, with tiles of one size."""
-    monkeypatch.setattr(module, "POINTS", {request.param: module.POINTS[request.param]})
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets every convolution be replaced."""
     monkeypatch.setattr(module, "LEAST_GAIN", 0.0)
-    return int(request.param)
 
 
 def convolution(
@@ -74,28 +72,22 @@ def operators(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-@pytest.mark.parametrize("side", [2, 4])
-def test_the_matrices_make_a_correlation(side: int) -> None:
-    d, g, a = matrices(side)
-    assert (d.shape, g.shape, a.shape) == ((side + 2, side + 2), (side + 2, 3), (side, side + 2))
+def test_the_matrices_make_a_correlation() -> None:
+    d, g, a = matrices()
+    assert (d.shape, g.shape, a.shape) == ((6, 6), (6, 3), (4, 6))
     rng = np.random.default_rng(0)
-    x, w = rng.standard_normal(side + 2), rng.standard_normal(3)
+    x, w = rng.standard_normal(6), rng.standard_normal(3)
     np.testing.assert_allclose(a @ ((g @ w) * (d @ x)), np.correlate(x, w, "valid"), atol=1e-13)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     channels=st.tuples(st.integers(1, 9), st.integers(1, 9)), bias=st.booleans(), batch=st.integers(1, 3),
-    height=st.integers(1, 11), width=st.integers(1, 11), apart=st.booleans(),
+    height=st.integers(1, 11), width=st.integers(1, 11),
 )  # fmt: skip
-@pytest.mark.parametrize("side", [2, 4])
-def test_any_size(
-    side: int, channels: tuple[int, int], bias: bool, batch: int, height: int, width: int, apart: bool
-) -> None:
+def test_any_size(channels: tuple[int, int], bias: bool, batch: int, height: int, width: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "POINTS", {side: module.POINTS[side]})
         patch.setattr(module, "LEAST_GAIN", 0.0)
-        patch.setattr(module, "LEAST_APART", 0 if apart else 10**6)
         model = convolution(*channels, bias)
         count, fast = apply(model, {"batch": 1, "height": 8, "width": 8})
     assert count == 1
@@ -103,7 +95,7 @@ def test_any_size(
     np.testing.assert_allclose(run(fast, x), run(model, x), atol=5e-5)
 
 
-def test_sizes_that_tiles_divide_need_no_cut(tile: int) -> None:
+def test_sizes_that_tiles_divide_need_no_cut(always: None) -> None:
     model = convolution()
     _, whole = apply(model, {"batch": 1, "height": 8, "width": 8}, multiple=4)
     _, cut = apply(model, {"batch": 1, "height": 8, "width": 8}, multiple=1)
@@ -114,7 +106,7 @@ def test_sizes_that_tiles_divide_need_no_cut(tile: int) -> None:
         np.testing.assert_allclose(run(whole, x), run(model, x), atol=5e-5)
 
 
-def test_lengths_that_only_look_divided_are_cut(tile: int) -> None:
+def test_lengths_that_only_look_divided_are_cut(always: None) -> None:
     """After a convolution of stride 2, which rounds up: 4 of 7, but 36 of 71."""
     first = convolution()
     node = next(iter(first.graph))
@@ -147,7 +139,7 @@ def test_lengths_that_only_look_divided_are_cut(tile: int) -> None:
     ],
     ids=str,
 )
-def test_other_convolutions_stay(tile: int, options: dict[str, Any]) -> None:
+def test_other_convolutions_stay(always: None, options: dict[str, Any]) -> None:
     model = convolution(**options)
     count, same = apply(model, {"batch": 1, "height": 8, "width": 8})
     assert count == 0
@@ -155,7 +147,7 @@ def test_other_convolutions_stay(tile: int, options: dict[str, Any]) -> None:
     assert not is_winograd(same)
 
 
-def test_a_weight_that_is_computed_stays(tile: int) -> None:
+def test_a_weight_that_is_computed_stays(always: None) -> None:
     model = convolution(bias=False)
     node = next(iter(model.graph))
     weight = node.inputs[1]
@@ -169,20 +161,19 @@ def test_a_weight_that_is_computed_stays(tile: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "side", "expected"),
-    [(320, 32, 4), (640, 16, 4), (1280, 8, 2), (8, 8, None), (1280, 2, None)],
+    ("channels", "side", "expected"), [(320, 32, True), (640, 16, True), (1280, 8, False), (8, 8, False)]
 )
-def test_what_pays_is_replaced(channels: int, side: int, expected: int | None) -> None:
-    """Large tiles where pictures are large; where they are tiny, weights alone take the time."""
+def test_what_pays_is_replaced(channels: int, side: int, expected: bool) -> None:
+    """Where pictures are small, weights alone take the time; where channels are few, moving numbers does."""
     model = convolution(1, 1)
     weight = model.graph.initializers["conv.weight"]
     weight.const_value, weight.shape = None, ir.Shape([channels, channels, 3, 3])
     found = module._convolution(next(iter(model.graph)))
     assert found is not None
-    assert module._best_tile(found, module._Scale(3, side, side, (side, side))) == expected
+    assert module._pays(found, (3, channels, side, side)) == expected
 
 
-def test_the_graph_is_what_engines_and_lint_take(tile: int) -> None:
+def test_the_graph_is_what_engines_and_lint_take(always: None) -> None:
     _, fast = apply(convolution(), {"batch": 1, "height": 8, "width": 8})
     axes = {"batch": Axis(1, 4), "height": Axis(1, 64), "width": Axis(1, 64)}
     shape = ("batch", 8, "height", "width")
