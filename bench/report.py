@@ -33,7 +33,7 @@ NAMES = {
     "generator-eager": "PyTorch eager",
     "generator-plain": "without constants",
 }
-FIGURES = {"steady": "a step", "edit": "a whole edit", "change": "new deltas"}
+FIGURES = {"steady": "a step", "edit": "a whole edit", "swap": "bringing deltas in", "change": "new deltas"}
 
 
 @click.command(help=__doc__)
