@@ -140,7 +140,7 @@ def test_for_the_cpu(own: Path, data: tuple[Any, ...], tmp_path: Path) -> None:
     )
     assert report["final_image"]["measured"] == "runtime"
     assert {x["op"] for x in report["layers"]} <= {"MatMul", "Gemm"}
-    model = onnx.load(own / "variants" / "int8-cpu" / "step.onnx", load_external_data=False)
+    model = onnx.load(own / "variants" / "int8-cpu" / "step.ort-cpu.onnx", load_external_data=False)
     assert not any(value.data_type == onnx.TensorProto.FLOAT16 for value in model.graph.initializer)
     photo, edited = picture(tmp_path / "p.png"), tmp_path / "o.png"
     run("edit", own, photo, "a cat", "--steps", 1, "--variant", "int8-cpu", "--out", edited)
