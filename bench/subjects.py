@@ -87,12 +87,12 @@ def make(name: str, out: Path, side: int | None, steps: int | None, threads: int
         write_instruct_pix2pix(base)
         for path in sorted(base.rglob("*.safetensors")):
             fill(path, seed=0)
+    sides, counts = {"demo": 128, "860m": 256}, {"demo": 8, "860m": 8}
     bundles = {}
     for mode, options in MODES.items():
         bundles[mode] = out / name / mode
         if not (bundles[mode] / "manifest.json").exists():
-            _export(base, bundles[mode], options)
-    sides, counts = {"demo": 128, "860m": 256}, {"demo": 8, "860m": 8}
+            _export(base, bundles[mode], options | {"size": sides[name]})
     subject = Subject(name, base, bundles, side or sides[name], steps or counts[name], threads)
     _add_int8(subject)
     return subject
