@@ -16,7 +16,7 @@ help:
 	@echo 'make demo   export the demo pair and edit photographs: out/bundle/, out/gallery.png'
 	@echo 'make test   lint, types and all tests'
 	@echo 'make cpp    the C++ runtime: build and tests, sanitizers, fuzzing, aarch64, Windows'
-	@echo 'make bench  other ways to change weights per request, beside this one: out/bench/ (8 GB, long)'
+	@echo 'make bench  other ways to change weights per request, beside this one: out/bench/ (24 GB of memory, an hour)'
 	@echo 'make deps   what needs root (compilers, Debian libraries)'
 	@echo 'make clean  remove .venv/, out/, build/ and .sdk/'
 
