@@ -374,7 +374,8 @@ public:
         // Each session has threads of its own. Waiting for work in a loop, as they do after a run by default,
         // those of one graph would take the cores from the next.
         check(api.AddSessionConfigEntry(raw, "session.force_spinning_stop", "1"), "options cannot be made");
-        // INT8 products in integers saturate on CPUs that have AVX2 but not VNNI, unless they are made for it.
+        // INT8 products in integers saturate on CPUs that have AVX2 but not VNNI, unless they are made for
+        // it.
         const std::string_view made_for_it = ".ort-cpu.onnx";
         if (label.size() < made_for_it.size() ||
             label.compare(label.size() - made_for_it.size(), made_for_it.size(), made_for_it) != 0) {
