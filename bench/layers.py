@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from hywu_export.passes.quantize import Quantized, half_scale, quantize
-from hywu_export.passes.winograd import Span, winograd
+from hywu_export.passes.winograd import winograd
 from hywu_runtime.backends.onnxruntime import INTEGER_PRODUCTS, OnnxRuntime
 
 ROWS = 3
@@ -36,8 +36,8 @@ def main(threads: int, rounds: int) -> None:
     for inputs, outputs, side in CONVOLUTIONS:
         shape = [ROWS, inputs, side, side]
         direct = _model("Conv", shape, [outputs, inputs, 3, 3], {"pads": [1, 1, 1, 1]})
-        fast, sizes = direct.clone(), {"side": side}
-        if not winograd(fast, sizes, sizes, sizes, {"side": Span(side, side, side)}):
+        fast = direct.clone()
+        if not winograd(fast, {}, {}):
             raise click.ClickException(f"{inputs} to {outputs} at {side}: it would not pay")
         one, two = _in_turn(backend, (direct, fast), ("a.onnx", "b.onnx"), shape, rounds)
         times = f"{1e3 * one:5.1f} ms  {1e3 * two:5.1f} ms  {one / two:.2f}"

@@ -259,7 +259,9 @@ class _Job:
         from hywu_export.stages import graphs_to_cut
 
         if self.options.winograd:
-            self.traced = [accelerate(traced, self.plan) for traced in self.traced]
+            before, self.traced = self.traced, [accelerate(traced, self.plan) for traced in self.traced]
+            if all(new is old for new, old in zip(self.traced, before)):
+                log.warning("--winograd changes nothing: at the default size it pays for no convolution")
         if self.options.hoist:
             merged = self.spec is not None and any(target.merged for target in self.spec.targets)
             self.traced = [part for traced in self.traced for part in split(traced, self.plan, merged)]
@@ -447,7 +449,9 @@ def _named(plan: Plan, name: str) -> GraphSpec:
 
 
 def _refuse_options_of_a_base(options: ExportOptions) -> None:
-    for name in ("targets", "loras", "samplers", "steps", "max_size", "size", "text_length", "vae_tile"):
+    for name in (
+        "targets", "loras", "samplers", "steps", "max_size", "size", "text_length", "vae_tile", "winograd",
+    ):  # fmt: skip
         if getattr(options, name):
             raise InputError(
                 f"The option {name} was given without a base",

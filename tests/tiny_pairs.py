@@ -9,6 +9,12 @@ from typing import Any
 WORDS = ["make it sepia", "blur the photo", "a cat", "ugly"]
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1"]
 LORA_TARGETS += ["downsamplers.0.conv"]
+ONE_BLOCK: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "block_out_channels": (32,),
+}
+"""For `make_base`: the smallest UNet with attention, which is exported fastest."""
 
 
 def make_base(folder: Path, seed: int = 0, **unet: Any) -> None:

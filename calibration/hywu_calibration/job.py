@@ -186,13 +186,21 @@ class _Job:
                 blame(self.models[record.graph], record)
             raise
         self.counts = self.recordings.counts()
-        unseen = [graph for graph in self.models if not self.counts[graph]]
-        if unseen:
+        self._leave_out([graph for graph in self.models if not self.counts[graph]])
+
+    def _leave_out(self, unseen: Sequence[str]) -> None:
+        """Graphs that no edit with given deltas runs, the generator's, stay as they are."""
+        forms = {call.graph for call in self.bundle.manifest.program if call.guided is not None}
+        missed = next((graph for graph in unseen if graph in forms), None)
+        if missed is not None:
             raise InputError(
-                f"None of the samples ran graph {unseen[0]!r}: {len(self.data.samples)} samples",
+                f"None of the samples ran graph {missed!r}: {len(self.data.samples)} samples",
                 "Expected every graph to be observed; guidance differs in every fourth sample",
                 "Give --samples 4 or more",
             )
+        for graph in unseen:
+            _log.info("Graph %s stays as it is: no sample runs it", graph)
+            del self.models[graph]
 
     def _extremes(self) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
         """By graph and value: the largest absolute value, and the size of what layers read."""

@@ -86,11 +86,16 @@ def hoist(
     graph = model.graph
     _measure_elsewhere(graph, varying)  # the size of latents does not vary
     changing = _downstream(graph, varying)
+    computed = _downstream(graph, [str(value.name) for value in graph.inputs])  # the rest, when it is loaded
     known = [infer(model, sizes) for sizes in probes]
     candidates = []
     for node in graph:
         for value in node.outputs:
-            if value in changing or not any(user.outputs[0] in changing for user in value.consumers()):
+            if (
+                value in changing
+                or value not in computed
+                or not any(user.outputs[0] in changing for user in value.consumers())
+            ):
                 continue
             moved = _weigh(value, known, probes, prefix)
             if moved is not None and moved.flops >= limits.flops_per_byte * moved.bytes:

@@ -17,10 +17,9 @@ multiplications, saved next to nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from math import ceil
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +27,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from hywu_export.passes.inference import infer
+from hywu_export.passes.layers import Layer, find_layers
+from hywu_export.tracing.spec import all_sizes
+
+if TYPE_CHECKING:
+    from hywu_export.tracing.spec import Axis
 
 Matrix: TypeAlias = npt.NDArray[np.floating[Any]]
 
@@ -44,53 +48,35 @@ LEAST_GAIN = 2.0
 """Of the estimated cost: what is gained must be worth four times the weight's memory, and loading it."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """The sizes of an axis: multiples of ``multiple`` from ``least`` to ``most``."""
-
-    least: int
-    most: int
-    multiple: int
-
-
-@dataclass(frozen=True)
-class _Convolution:
-    """One that may be replaced: ``[rows, inputs, height, width]`` to ``outputs`` channels."""
-
-    node: ir.Node
-    inputs: int
-    outputs: int
-
-
-def winograd(
-    model: ir.Model,
-    usual: Mapping[str, int],
-    least: Mapping[str, int],
-    most: Mapping[str, int],
-    spans: Mapping[str, Span],
-) -> int:
+def winograd(model: ir.Model, axes: Mapping[str, Axis], usual: Mapping[str, int]) -> int:
     """Replaces 3x3 convolutions of stride 1 where that is estimated to pay on a CPU, in place.
 
-    ``usual`` are the sizes of all axes for which it shall pay, ``least`` and ``most`` those with every root
-    axis at the ends of its ``spans``.
-
+    Args:
+        axes: of the graph, all.
+        usual: sizes of the root axes, for which it shall pay.
     Returns:
         how many were replaced.
     """
-    found = [c for node in model.graph if (c := _convolution(node)) is not None]
+    found = [layer for layer in find_layers(model) if _fits(layer)]
     if not found:
         return 0
-    known = [infer(model, sizes) for sizes in (usual, least, most)]
+    roots = {name: axis for name, axis in axes.items() if axis.is_root}
+    units = {
+        name: (ceil(axis.min / axis.multiple), axis.max // axis.multiple) for name, axis in roots.items()
+    }
+    least = {name: units[name][0] * axis.multiple for name, axis in roots.items()}
+    growing = [name for name, (low, high) in units.items() if low < high]
+    probes = [usual, least, *(least | {n: units[n][1] * roots[n].multiple} for n in growing)]
+    known = [infer(model, all_sizes(sizes, axes, one=True)) for sizes in probes]
     replaced = 0
-    for convolution in found:
-        name = str(convolution.node.inputs[0].name) if convolution.node.inputs[0] is not None else ""
-        if any(name not in values for values in known):
+    for layer in found:
+        shapes = [values[str(layer.data.name)].shape for values in known if layer.data.name in values]
+        if len(shapes) < len(known) or not _pays(layer, shapes[0]):
             continue
-        shapes = [values[name].shape for values in known]
-        height, width = (_divisor(shapes[1][i], shapes[2][i], spans) for i in (2, 3))
-        if _pays(convolution, shapes[0]):
-            _Rewriter(model.graph, convolution).replace(whole=height % TILE == width % TILE == 0)
-            replaced += 1
+        lengths = [dict(zip(growing, (shape[i] for shape in shapes[2:]))) for i in (2, 3)]
+        divisors = [_divisor(shapes[1][2 + i], lengths[i], units) for i in range(2)]
+        _Rewriter(model.graph, layer).replace(whole=all(divisor % TILE == 0 for divisor in divisors))
+        replaced += 1
     RemoveUnusedNodesPass()(model)
     return replaced
 
@@ -117,54 +103,44 @@ def _powers(columns: int) -> Matrix:
     return np.vstack([finite, np.eye(columns)[-1:]])
 
 
-def _convolution(node: ir.Node) -> _Convolution | None:
-    if node.op_type != "Conv" or node.domain not in ("", "ai.onnx"):
-        return None
-    weight = node.inputs[1]
-    if weight is None or weight.shape is None or not _constant(weight):
-        return None
-    shape = tuple(weight.shape.numpy()) if weight.shape.is_static() else ()
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    plain = (
-        list(shape[2:]) == [3, 3]
+def _fits(layer: Layer) -> bool:
+    """Whether a layer is a convolution of the kind that is replaced."""
+    attributes = {name: attribute.value for name, attribute in layer.node.attributes.items()}
+    operand = layer.node.inputs[1]
+    return (
+        layer.op == "Conv"
+        and layer.weight.shape is not None
+        and list(layer.weight.shape.numpy()[2:]) == [3, 3]
+        and operand is not None
+        and operand.dtype == ir.DataType.FLOAT
         and attributes.get("group", 1) == 1
         and list(attributes.get("strides", [1, 1])) == [1, 1]
         and list(attributes.get("dilations", [1, 1])) == [1, 1]
         and list(attributes.get("pads", [])) == [1, 1, 1, 1]
         and attributes.get("auto_pad", "NOTSET") == "NOTSET"
-        and weight.dtype == ir.DataType.FLOAT
     )
-    return _Convolution(node, int(shape[1]), int(shape[0])) if plain else None
 
 
-def _constant(value: ir.Value) -> bool:
-    """Whether a value is an initializer, or one in another dtype."""
-    node = value.producer()
-    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
-        value = node.inputs[0]
-    return value.is_initializer() and not value.is_graph_input()
+def _divisor(least: int, grown: Mapping[str, int], units: Mapping[str, tuple[int, int]]) -> int:
+    """What divides a length at all sizes: 1 where that is not known.
 
-
-def _divisor(least: int, most: int, spans: Mapping[str, Span]) -> int:
-    """What divides a length at all sizes, given that at the least and the most: 1 where that is not known.
-
-    A length grows with an axis as ``ceil(a s)`` or ``floor(a s)``. If it is the same multiple of the size at
-    both ends, it is so in between.
+    ``least`` is the length with all axes at their least sizes, ``grown`` with one of them at its largest.
+    ``units`` are these sizes in multiples. A length grows with an axis as ``ceil(a s)`` or ``floor(a s)``: if
+    it is the same multiple of the size at both ends, it is so in between.
     """
-    if least == most:
+    moving = [name for name, length in grown.items() if length != least]
+    if not moving:
         return least
-    for span in spans.values():
-        units = span.least // span.multiple, span.most // span.multiple
-        if least % units[0] == 0 and least // units[0] * units[1] == most:
-            return least // units[0]
-    return 1
+    low, high = units[moving[0]]
+    linear = len(moving) == 1 and least % low == 0 and least // low * high == grown[moving[0]]
+    return least // low if linear else 1
 
 
-def _pays(convolution: _Convolution, shape: tuple[int, ...]) -> bool:
+def _pays(layer: Layer, shape: tuple[int, ...]) -> bool:
     """Whether the products are estimated to cost much less than the convolution, for inputs of ``shape``."""
-    inputs, outputs = convolution.inputs, convolution.outputs
-    rows, _, height, width = shape
-    tiles, weights = rows * math.ceil(height / TILE) * math.ceil(width / TILE), 4 * inputs * outputs
+    rows, inputs, height, width = shape
+    outputs = layer.outputs
+    tiles, weights = rows * ceil(height / TILE) * ceil(width / TILE), 4 * inputs * outputs
     direct = 18 * rows * inputs * outputs * height * width + FLOPS_PER_BYTE * 9 * weights
     products = 2 * SIDE**2 * tiles * inputs * outputs
     turns = 2 * SIDE**2 * tiles * (SIDE**2 * inputs + TILE**2 * outputs)
@@ -175,14 +151,14 @@ def _pays(convolution: _Convolution, shape: tuple[int, ...]) -> bool:
 class _Rewriter:
     """Puts the nodes in the place of one convolution."""
 
-    def __init__(self, graph: ir.Graph, convolution: _Convolution):
-        self.graph, self.convolution = graph, convolution
-        self.name = str(convolution.node.outputs[0].name)
+    def __init__(self, graph: ir.Graph, layer: Layer):
+        self.graph, self.node = graph, layer.node
+        self.inputs, self.outputs = layer.reduction // 9, layer.outputs
+        self.name = str(layer.node.outputs[0].name)
 
     def replace(self, whole: bool) -> None:
         """``whole``: height and width are multiples of a tile's side at all sizes."""
-        node, inputs, outputs = self.convolution.node, self.convolution.inputs, self.convolution.outputs
-        data, weight, bias = (*node.inputs, None)[:3]
+        data, weight, bias = (*self.node.inputs, None)[:3]
         assert data is not None
         assert weight is not None
         spread, kernels, gather = matrices()
@@ -197,7 +173,7 @@ class _Rewriter:
         high, wide = (self._add("Shape", [points], f"tiles{i}", start=i, end=i + 1) for i in (2, 3))
         count = self._add("Mul", [high, wide], "count")
         turned = self._add("Transpose", [points], "turned", perm=[1, 0, 2, 3])
-        read_sizes = self._sizes([SIDE**2, -1, inputs], count, "read_sizes")
+        read_sizes = self._sizes([SIDE**2, -1, self.inputs], count, "read_sizes")
         read = self._add("Reshape", [turned, read_sizes], "read")
         product = self._add("MatMul", [self._kernels(weight, kernels), read], "product")
         flat = self._add("Reshape", [product, self._integers([SIDE**2, -1])], "flat")
@@ -206,23 +182,23 @@ class _Rewriter:
         parts = self._add("Reshape", [gathered, part_sizes], "parts")
         made = self._add("Transpose", [parts], "laid", perm=[2, 3, 0, 4, 1])
         if whole:
-            made = self._add("Reshape", [made, self._sizes([-1, outputs], size, "made_sizes")], "made")
+            made = self._add("Reshape", [made, self._sizes([-1, self.outputs], size, "made_sizes")], "made")
         else:
             padded = self._add("Mul", [tiles, self._integers([TILE])], "padded")
-            grid = self._add("Reshape", [made, self._sizes([-1, outputs], padded, "grid_sizes")], "grid")
+            grid = self._add("Reshape", [made, self._sizes([-1, self.outputs], padded, "grid_sizes")], "grid")
             made = self._add("Slice", [grid, self._integers([0, 0]), size, self._integers([2, 3])], "made")
         if bias is not None:
             column = self._add("Unsqueeze", [bias, self._integers([1, 2])], "bias")
             made = self._add("Add", [made, column], "sum")
-        old = node.outputs[0]
+        old = self.node.outputs[0]
         made.type, made.shape = old.type, old.shape
         old.replace_all_uses_with(made, replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
+        self.graph.remove(self.node, safe=True)
         made.name = self.name
 
     def _kernels(self, weight: ir.Value, kernels: Matrix) -> ir.Value:
         """The parameter ``[outputs, inputs, 3, 3]`` as ``[36, 1, outputs, inputs]``."""
-        shape = [SIDE**2, 1, self.convolution.outputs, self.convolution.inputs]
+        shape = [SIDE**2, 1, self.outputs, self.inputs]
         taps = self._add("Reshape", [weight, self._integers([-1, 9])], "taps")
         turned = self._add("Transpose", [taps], "tapped", perm=[1, 0])
         made = self._add("MatMul", [self._matrix("kernels", _twice(kernels)), turned], "transformed")
@@ -233,7 +209,7 @@ class _Rewriter:
         node.outputs[0].name = f"{self.name}/{name}"
         integers = kind in ("Shape", "Mul", "Concat")
         node.outputs[0].type = ir.TensorType(ir.DataType.INT64 if integers else ir.DataType.FLOAT)
-        self.graph.insert_before(self.convolution.node, node)
+        self.graph.insert_before(self.node, node)
         return node.outputs[0]
 
     def _sizes(self, first: Sequence[int], rest: ir.Value, name: str) -> ir.Value:

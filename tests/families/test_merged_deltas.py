@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 from parity import draws, largest, photos, random_deltas
 from pix2pix_reference import Reference
-from tiny_pairs import make_base
+from tiny_pairs import ONE_BLOCK, make_base
 
 from hywu_export import ExportOptions, export
 from hywu_runtime import Editor
 from hywu_runtime.errors import InputError
 
 SHAPE = (2, 4, 16, 16)
-ONE_BLOCK: dict[str, Any] = {
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "block_out_channels": (32,),
-}
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from parity import draws, largest, photos, random_deltas
 from pix2pix_reference import Reference
-from tiny_pairs import make_base
+from tiny_pairs import ONE_BLOCK, make_base
 
 from hywu_calibration.job import calibrate
 from hywu_calibration.options import CalibrationOptions
@@ -24,11 +23,6 @@ from hywu_runtime import Bundle, Editor
 from hywu_runtime.errors import UnsupportedError
 
 SHAPE = (2, 4, 16, 16)
-ONE_BLOCK: dict[str, Any] = {
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "block_out_channels": (32,),
-}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from hywu_export.deltas.merging import MOST_BYTES, choose, merged_bytes
 from hywu_export.families.base import Plan
 from hywu_export.invariants import split
 from hywu_export.passes import check
+from hywu_export.passes.hoisting import ANY_PRODUCT, hoist
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, TracedGraph, trace
 from hywu_runtime.manifest import Call, ProvidedTensor, State
 
@@ -151,6 +152,25 @@ def test_what_moves(parts: Any) -> None:
     assert {"text", "empty"}.isdisjoint(read)
     assert ("gate" in read) != merged
     assert {t.name for t in prepare.outputs} <= read
+
+
+def test_what_depends_on_no_input_stays() -> None:
+    """It is computed once when the graph is loaded, not in every request."""
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        graph (float[n, 48] latents, float[n, 48] text) => (float[n, 48] next)
+        <float[48, 48] a = {%s}, float[48, 48] b = {%s}> {
+            constant = MatMul(a, b)
+            words = MatMul(text, constant)
+            moved = MatMul(latents, constant)
+            next = Add(moved, words)
+        }"""
+        % ((", ".join(["0.5"] * 48**2),) * 2)
+    )
+    result = hoist(model, ["latents"], [{"n": size} for size in (2, 3, 5)], "step/", ANY_PRODUCT)
+    assert result is not None
+    assert [moved.name for moved in result[1]] == ["step/words"]
+    assert [node.op_type for node in model.graph] == ["MatMul", "MatMul", "Add"]
 
 
 def test_nothing_moves_from_a_graph_that_runs_once() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hywu_export.passes import check
 from hywu_export.passes import winograd as module
-from hywu_export.passes.winograd import Span, is_winograd, matrices, winograd
+from hywu_export.passes.layers import find_layers
+from hywu_export.passes.winograd import is_winograd, matrices, winograd
 from hywu_export.tracing import Axis, TensorSpec
 
 Array = np.ndarray[Any, Any]
@@ -53,13 +54,12 @@ def convolution(
     return ir.Model(graph, ir_version=10)
 
 
-def apply(model: ir.Model, sizes: dict[str, int], multiple: int = 1, most: int = 64) -> tuple[int, ir.Model]:
+def apply(model: ir.Model, multiple: int = 1, most: int = 64) -> tuple[int, ir.Model]:
     """The pass on a copy, for heights and widths from ``multiple`` to ``most``."""
     copy = model.clone()
-    axes = {"batch": 1, "height": multiple, "width": multiple}
-    spans = {name: Span(multiple, most, multiple) for name in ("height", "width")}
-    count = winograd(copy, sizes, axes, {"batch": 4, "height": most, "width": most}, spans)
-    return count, copy
+    side = Axis(multiple, most, multiple)
+    axes = {"batch": Axis(1, 4), "height": side, "width": side}
+    return winograd(copy, axes, {"batch": 1, "height": multiple, "width": multiple}), copy
 
 
 def run(model: ir.Model, x: Array) -> Array:
@@ -89,7 +89,7 @@ def test_any_size(channels: tuple[int, int], bias: bool, batch: int, height: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "LEAST_GAIN", 0.0)
         model = convolution(*channels, bias)
-        count, fast = apply(model, {"batch": 1, "height": 8, "width": 8})
+        count, fast = apply(model)
     assert count == 1
     x = np.random.default_rng(height).standard_normal((batch, channels[0], height, width)).astype(np.float32)
     np.testing.assert_allclose(run(fast, x), run(model, x), atol=5e-5)
@@ -97,8 +97,8 @@ def test_any_size(channels: tuple[int, int], bias: bool, batch: int, height: int
 
 def test_sizes_that_tiles_divide_need_no_cut(always: None) -> None:
     model = convolution()
-    _, whole = apply(model, {"batch": 1, "height": 8, "width": 8}, multiple=4)
-    _, cut = apply(model, {"batch": 1, "height": 8, "width": 8}, multiple=1)
+    _, whole = apply(model, multiple=4)
+    _, cut = apply(model, multiple=1)
     assert "Slice" not in operators(whole)
     assert "Slice" in operators(cut)
     for height, width in ((4, 4), (8, 20), (64, 12)):
@@ -118,10 +118,10 @@ def test_lengths_that_only_look_divided_are_cut(always: None) -> None:
     second.outputs[0].shape = ir.Shape(["batch", 8, "h", "w"])
     first.graph.append(second)
     first.graph.outputs[0] = second.outputs[0]
-    spans = {name: Span(7, 70, 7) for name in ("height", "width")}
-    ends = [{"batch": 1, "height": size, "width": size} for size in (14, 7, 70)]
+    side = Axis(7, 70, 7)
+    axes = {"batch": Axis(1, 10), "height": side, "width": side}
     fast = first.clone()
-    assert winograd(fast, *ends, spans) == 1
+    assert winograd(fast, axes, {"batch": 1, "height": 14, "width": 14}) == 1
     assert "Slice" in operators(fast)
     x = np.random.default_rng(2).standard_normal((1, 8, 21, 35)).astype(np.float32)
     np.testing.assert_allclose(run(fast, x), run(first, x), atol=5e-5)
@@ -141,7 +141,7 @@ def test_lengths_that_only_look_divided_are_cut(always: None) -> None:
 )
 def test_other_convolutions_stay(always: None, options: dict[str, Any]) -> None:
     model = convolution(**options)
-    count, same = apply(model, {"batch": 1, "height": 8, "width": 8})
+    count, same = apply(model)
     assert count == 0
     assert operators(same) == ["Conv"]
     assert not is_winograd(same)
@@ -157,7 +157,7 @@ def test_a_weight_that_is_computed_stays(always: None) -> None:
     doubled.outputs[0].shape = weight.shape
     model.graph.insert_before(node, doubled)
     node.replace_input_with(1, doubled.outputs[0])
-    assert apply(model, {"batch": 1, "height": 8, "width": 8})[0] == 0
+    assert apply(model)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -168,13 +168,24 @@ def test_what_pays_is_replaced(channels: int, side: int, expected: bool) -> None
     model = convolution(1, 1)
     weight = model.graph.initializers["conv.weight"]
     weight.const_value, weight.shape = None, ir.Shape([channels, channels, 3, 3])
-    found = module._convolution(next(iter(model.graph)))
-    assert found is not None
+    (found,) = find_layers(model)
+    assert module._fits(found)
     assert module._pays(found, (3, channels, side, side)) == expected
 
 
+def test_another_axis_that_grows_as_much_proves_nothing(always: None) -> None:
+    """Heights of 16, 22, 28, … 128: eight times as large at the end, as the batch, and not divided by 4."""
+    model = convolution()
+    axes = {"batch": Axis(1, 8), "height": Axis(16, 128, 2), "width": Axis(8, 8, 8)}
+    fast = model.clone()
+    assert winograd(fast, axes, {"batch": 1, "height": 16, "width": 8}) == 1
+    assert "Slice" in operators(fast)
+    x = np.random.default_rng(3).standard_normal((1, 8, 22, 8)).astype(np.float32)
+    np.testing.assert_allclose(run(fast, x), run(model, x), atol=5e-5)
+
+
 def test_the_graph_is_what_engines_and_lint_take(always: None) -> None:
-    _, fast = apply(convolution(), {"batch": 1, "height": 8, "width": 8})
+    _, fast = apply(convolution())
     axes = {"batch": Axis(1, 4), "height": Axis(1, 64), "width": Axis(1, 64)}
     shape = ("batch", 8, "height", "width")
     check(fast, axes, [TensorSpec("x", "float32", shape)], [TensorSpec("y", "float32", shape)], "graph")

@@ -31,10 +31,6 @@ Error shape_error(const std::string& name, const std::string& found, const std::
                        "Use deltas that were made for this model and its targets");
 }
 
-bool ends_with(std::string_view text, std::string_view tail) {
-    return text.size() >= tail.size() && text.substr(text.size() - tail.size()) == tail;
-}
-
 bool is_b(std::string_view name) { return ends_with(name, ".lora_B"); }
 
 // The axis of the rank: B's last, A's first after D and, where there are any, after the experts.

@@ -209,6 +209,10 @@ std::string_view inside(std::string_view text) {
     return last < first ? std::string_view() : text.substr(first, last - first);
 }
 
+bool ends_with(std::string_view text, std::string_view tail) noexcept {
+    return text.size() >= tail.size() && text.substr(text.size() - tail.size()) == tail;
+}
+
 std::string join(const std::vector<std::string>& parts, std::string_view separator) {
     std::string result;
     for (const std::string& part : parts) {

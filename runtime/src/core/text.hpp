@@ -38,5 +38,6 @@ std::string shorten(std::string text, std::size_t limit);
 // Without the first and the last code point.
 std::string_view inside(std::string_view text);
 std::string join(const std::vector<std::string>& parts, std::string_view separator);
+bool ends_with(std::string_view text, std::string_view tail) noexcept;
 
 }  // namespace hywu::core

@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "core/error.hpp"
+#include "core/text.hpp"
 #include "platform/library.hpp"
 
 namespace hywu::backends::ort {
@@ -78,9 +79,7 @@ std::optional<std::string> failure(OrtStatus* status) {
     message.resize(std::min(message.find('\n'), message.size()));
     std::string text = core::show(message, 300);  // in quotes, or cut, with an ellipsis at its end
     constexpr std::string_view ellipsis = "\u2026";
-    const bool cut = text.size() >= ellipsis.size() &&
-                     text.compare(text.size() - ellipsis.size(), ellipsis.size(), ellipsis) == 0;
-    text.resize(text.size() - (cut ? ellipsis.size() : 1));
+    text.resize(text.size() - (core::ends_with(text, ellipsis) ? ellipsis.size() : 1));
     return text.substr(1);
 }
 

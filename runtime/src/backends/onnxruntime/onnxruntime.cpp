@@ -13,6 +13,7 @@
 #include "backends/onnxruntime/cuda.hpp"
 #include "core/array.hpp"
 #include "core/error.hpp"
+#include "core/text.hpp"
 
 namespace hywu::backends {
 namespace {
@@ -47,6 +48,10 @@ ONNXTensorElementDataType onnx_type(Dtype dtype) {
     }
     return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 }
+
+// Ends the names of graphs whose INT8 products may be computed in integers. In others these would saturate
+// on CPUs that have AVX2 but not VNNI, which add two of them in 16 bits.
+constexpr std::string_view integer_products = ".ort-cpu.onnx";
 
 // As ONNX Runtime's Python API writes a type.
 std::string type_text(ONNXTensorElementDataType type) {
@@ -374,11 +379,7 @@ public:
         // Each session has threads of its own. Waiting for work in a loop, as they do after a run by default,
         // those of one graph would take the cores from the next.
         check(api.AddSessionConfigEntry(raw, "session.force_spinning_stop", "1"), "options cannot be made");
-        // INT8 products in integers saturate on CPUs that have AVX2 but not VNNI, unless they are made for
-        // it.
-        const std::string_view made_for_it = ".ort-cpu.onnx";
-        if (label.size() < made_for_it.size() ||
-            label.compare(label.size() - made_for_it.size(), made_for_it.size(), made_for_it) != 0) {
+        if (!core::ends_with(label, integer_products)) {
             check(api.AddSessionConfigEntry(raw, "session.disable_quant_qdq", "1"), "options cannot be made");
         }
         if (threads_) {
