@@ -31,10 +31,20 @@ for ((i = 0; i < ${#needed[@]}; i += 2)); do
         missing+=("${needed[i + 1]}")
 done
 
+# The sanitizers' and libFuzzer's libraries, which some releases pack apart from clang and only recommend.
+lacks_clang_runtime() {
+    command -v clang++ >/dev/null 2>&1 &&
+        ! echo 'int main() {}' | clang++ -x c++ -fsanitize=address,undefined - -o /dev/null >/dev/null 2>&1
+}
+clang_runtime() { echo "libclang-rt-$(clang++ -dumpversion | cut -d. -f1)-dev"; }
+if lacks_clang_runtime; then missing+=("$(clang_runtime)"); fi
+
 [ ${#missing[@]} -gt 0 ] || exit 0
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
     echo "Missing: ${missing[*]}. Install them with your package manager, or run 'make deps' as root on Debian or Ubuntu." >&2
     exit 2
 fi
+install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; }
 apt-get update -qq
-DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+install "${missing[@]}"
+if lacks_clang_runtime; then install "$(clang_runtime)"; fi

@@ -60,6 +60,8 @@ for stage in "${stages[@]+"${stages[@]}"}"; do
             ;;
         fuzz)
             has clang++ || { leave_out fuzz "there is no clang++ (make deps)"; continue; }
+            echo 'int main() {}' | clang++ -x c++ -fsanitize=address,undefined - -o /dev/null >/dev/null 2>&1 ||
+                { leave_out fuzz "clang++ has no sanitizer libraries (make deps)"; continue; }
             build fuzz
             ctest --preset fuzz -j"$jobs" -R '^fuzz_' --quiet --output-on-failure
             ;;
