@@ -16,14 +16,25 @@ log = logging.getLogger(__name__)
 
 def accelerate(traced: TracedGraph, plan: Plan) -> TracedGraph:
     """The graph with 3x3 convolutions replaced where that pays on a CPU; see `passes.winograd`."""
-    from hywu_export.passes.winograd import winograd
+    from hywu_export.passes.winograd import transform, winograd
+    from hywu_export.tracing import Transform
 
     model = traced.model.clone()
-    count = winograd(model, plan.axes, _usual(plan))
-    if not count:
+    replaced = winograd(model, plan.axes, _usual(plan))
+    if not replaced:
         return traced
-    log.info("%s: %d convolutions as Winograd products", traced.name, count)
-    return replace(traced, model=model)
+    log.info("%s: %d convolutions as Winograd products", traced.name, len(replaced))
+    weights = {n: p for n, p in traced.initializers.items() if n in model.graph.initializers}
+    made = {name: traced.initializers[weight] for name, weight in replaced.items()}
+    shapes = {n: traced.model.graph.initializers[weight].shape for n, weight in replaced.items()}
+    transforms = {
+        name: Transform("winograd", tuple(shape.numpy()), transform)
+        for name, shape in shapes.items()
+        if shape is not None
+    }
+    return replace(
+        traced, model=model, initializers=weights | made, transforms=traced.transforms | transforms
+    )
 
 
 def _usual(plan: Plan) -> dict[str, int]:

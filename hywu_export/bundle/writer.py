@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hywu_export.bundle.staging import StagingDirectory, check_target
 from hywu_export.bundle.weights import (
@@ -23,13 +24,14 @@ from hywu_export.bundle.weights import (
     WeightsFile,
     WeightSource,
     file_identity,
+    read_tensor,
 )
 from hywu_runtime.errors import BundleError, CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from hywu_export.tracing.tracer import TracedGraph
+    from hywu_export.tracing import TracedGraph, Transform
 
 FORMAT = 1
 INLINE_BYTES = 64 * 2**10
@@ -68,7 +70,8 @@ class BundleWriter:
     Everything is staged beside ``path`` and appears there when ``finish`` returns. A context that is left
     earlier (error, interrupt) leaves nothing. Weights of all graphs that use a component share the file
     ``weights/<component>.safetensors``, in the dtype of the graphs; they are streamed, so memory does not
-    grow with the checkpoint. Linked components stay where they are, in their own dtype.
+    grow with the checkpoint. Linked components stay where they are, in their own dtype, but for weights in
+    another form.
 
     Args:
         path: the bundle's directory: new or empty, or with ``overwrite`` a bundle, replaced in one step.
@@ -214,23 +217,26 @@ class BundleWriter:
                     if constant is not None:
                         tensors.setdefault(CONSTANTS, {})[constant.name] = constant
                     continue
-                weights, name, location = self._locate(traced, parameter, value)
-                if weights.link:
+                stored = self._place(traced, initializer)[-1]
+                if stored is None:
                     continue
-                component = _component(parameter)
-                file = tensors.setdefault(f"weights/{component}.safetensors", {})
-                stored = _stored(name, _dtype_name(value), location)
-                if file.setdefault(name, stored).dtype != stored.dtype:
+                file = tensors.setdefault(_weights_file(parameter), {})
+                if file.setdefault(stored.name, stored).dtype != stored.dtype:
+                    other = file[stored.name].dtype
                     raise UnsupportedError(
-                        f"Parameter {parameter!r} is used as {file[name].dtype} and as {stored.dtype}",
+                        f"Parameter {parameter!r} is used as {other} and as {stored.dtype}",
                         "All graphs of a bundle use a component in one dtype",
                     )
         return {name: WeightsFile.lay_out(name, group.values()) for name, group in sorted(tensors.items())}
 
-    def _locate(
-        self, traced: TracedGraph, parameter: str, value: ir.Value
-    ) -> tuple[_Weights, str, TensorLocation | HeldTensor]:
-        """The weights of a parameter's component, the tensor's name in them, and its place or itself."""
+    def _place(
+        self, traced: TracedGraph, initializer: str
+    ) -> tuple[_Weights, TensorLocation | HeldTensor, StoredTensor | None]:
+        """For an initializer: the weights of its component, its parameter's place in them or the parameter
+        itself, and what is stored in the bundle: nothing where it is linked."""
+        parameter, transform = traced.initializers[initializer], traced.transforms.get(initializer)
+        value = traced.model.graph.initializers[initializer]
+        shape = _static_shape(value) if transform is None else transform.shape
         component = _component(parameter)
         if component not in self._weights:
             raise BundleError(
@@ -249,20 +255,23 @@ class BundleWriter:
         else:
             raise CheckpointError(
                 f"Checkpoint of component {component!r} has no tensor {names[0]!r}",
-                f"The graph {traced.name!r} needs it, with shape {list(_static_shape(value))}",
+                f"The graph {traced.name!r} needs it, with shape {list(shape)}",
                 "Check that the configuration belongs to the weights",
             )
-        if tuple(location.shape) != _static_shape(value):
+        if tuple(location.shape) != shape:
             raise CheckpointError(
                 f"Tensor {name!r} of component {component!r} has shape {list(location.shape)}",
-                f"The configuration asks for {list(_static_shape(value))}",
+                f"The configuration asks for {list(shape)}",
                 "Check that the configuration belongs to the weights",
             )
         if location.dtype not in NUMPY_DTYPES:
             raise UnsupportedError(
                 f"Tensor {name!r} of component {component!r} is stored as {location.dtype}"
             )
-        return weights, names[0], location
+        if transform is not None:
+            return weights, location, _transformed(names[0], _static_shape(value), location, transform)
+        linked = weights.link and not isinstance(location, HeldTensor)
+        return weights, location, None if linked else _stored(names[0], _dtype_name(value), location)
 
     def _serialize(self, traced: TracedGraph, files: Mapping[str, WeightsFile]) -> bytes:
         """The graph's bytes; its initializers point into weights files, or are links."""
@@ -286,18 +295,17 @@ class BundleWriter:
                         constant.size,
                     )
                 continue
-            weights, name, location = self._locate(traced, parameter, value)
-            if weights.link and not isinstance(location, HeldTensor):
+            weights, location, kept = self._place(traced, initializer)
+            if kept is not None:
+                file = files[_weights_file(parameter)]
+                external[initializer] = (file.name, file.offsets[kept.name], kept.size)
+            elif not isinstance(location, HeldTensor):
                 link = self._link(weights, parameter, location)
                 self._linked.setdefault(graph_file, {})[initializer] = link
                 stored[initializer] = ir.DataType.from_numpy(NUMPY_DTYPES[location.dtype])
                 # Nothing is there: the runtime supplies the initializer, and a load without it fails.
                 place = f"linked/{link['source']}/{link['file']}"
                 external[initializer] = (place, location.offset, location.length)
-            else:
-                file = files[f"weights/{_component(parameter)}.safetensors"]
-                size = math.prod(_static_shape(value)) * NUMPY_DTYPES[_dtype_name(value)].itemsize
-                external[initializer] = (file.name, file.offsets[name], size)
         cast_weights(model, stored)
         for initializer, (place, offset, length) in external.items():
             value = graph.initializers[initializer]
@@ -350,8 +358,29 @@ def _stored(name: str, dtype: str, location: TensorLocation | HeldTensor) -> Sto
     return StoredTensor(name, dtype, location.shape, data=location.data)
 
 
+def _transformed(
+    name: str, shape: tuple[int, ...], location: TensorLocation | HeldTensor, transform: Transform
+) -> StoredTensor:
+    """A weight in another form, made when it is written."""
+
+    def data() -> bytes:
+        if isinstance(location, HeldTensor):
+            held = np.frombuffer(location.data(), NUMPY_DTYPES[location.dtype]).astype(np.float32)
+        else:
+            held = np.frombuffer(b"".join(read_tensor(name, location, "F32")), np.float32)
+        made = transform.apply(held.reshape(transform.shape))
+        assert made.shape == shape
+        return np.ascontiguousarray(made, np.float32).tobytes()
+
+    return StoredTensor(f"{name}/{transform.name}", "F32", shape, data=data)
+
+
 def _component(parameter: str) -> str:
     return parameter.split(".", 1)[0]
+
+
+def _weights_file(parameter: str) -> str:
+    return f"weights/{_component(parameter)}.safetensors"
 
 
 def _static_shape(value: ir.Value | ir.TensorProtocol) -> tuple[int, ...]:

@@ -104,7 +104,7 @@ _PIXELS = click.IntRange(1, 65536)
 @click.option(
     "--winograd",
     is_flag=True,
-    help="Write 3x3 convolutions as Winograd products: fewer operations, for CPUs.",
+    help="Write 3x3 convolutions as Winograd products, for CPUs: faster, with four times their weights.",
 )
 @click.option(
     "--hoist/--no-hoist",

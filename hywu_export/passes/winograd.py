@@ -6,9 +6,9 @@ A tile of 4 x 4 results is computed from 6 x 6 inputs with one multiplication fo
     y = A [ (G w Gt) * (D x Dt) ] At
 
 In the graph that is a convolution with stride 4 and D as its kernel, a batch of 36 products over the
-channels, a product with A, and putting tiles side by side. ``G w Gt`` stands in the graph too, on the
-parameter as the checkpoint has it, and is computed when the graph is loaded. The matrices are those of Toom
-and Cook for the points 0, ±1/√2, ±√2 and infinity, whose error is about half of that of 0, ±1, ±2.
+channels, a product with A, and putting tiles side by side. ``G w Gt`` takes the parameter's place, with four
+times its numbers. The matrices are those of Toom and Cook for the points 0, ±1/√2, ±√2 and infinity, whose
+error is about half of that of 0, ±1, ±2.
 
 This is for runtimes that have no such algorithm of their own, as ONNX Runtime's on CPUs; compilers for GPUs
 choose among several. In half precision too many digits are lost. Tiles of 2 x 2, with four ninths of the
@@ -45,21 +45,22 @@ POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 FLOPS_PER_BYTE = 10.0
 """What a CPU core computes while it moves a byte."""
 LEAST_GAIN = 2.0
-"""Of the estimated cost: what is gained must be worth four times the weight's memory, and loading it."""
+"""Of the estimated cost: what is gained must be worth four times the weight's memory."""
 
 
-def winograd(model: ir.Model, axes: Mapping[str, Axis], usual: Mapping[str, int]) -> int:
+def winograd(model: ir.Model, axes: Mapping[str, Axis], usual: Mapping[str, int]) -> dict[str, str]:
     """Replaces 3x3 convolutions of stride 1 where that is estimated to pay on a CPU, in place.
 
     Args:
         axes: of the graph, all.
         usual: sizes of the root axes, for which it shall pay.
     Returns:
-        how many were replaced.
+        the initializers that took the place of parameters, each with its parameter: what `transform` makes
+        of it, or without a value where the parameter has none.
     """
     found = [layer for layer in find_layers(model) if _fits(layer)]
     if not found:
-        return 0
+        return {}
     roots = {name: axis for name, axis in axes.items() if axis.is_root}
     units = {
         name: (ceil(axis.min / axis.multiple), axis.max // axis.multiple) for name, axis in roots.items()
@@ -68,15 +69,16 @@ def winograd(model: ir.Model, axes: Mapping[str, Axis], usual: Mapping[str, int]
     growing = [name for name, (low, high) in units.items() if low < high]
     probes = [usual, least, *(least | {n: units[n][1] * roots[n].multiple} for n in growing)]
     known = [infer(model, all_sizes(sizes, axes, one=True)) for sizes in probes]
-    replaced = 0
+    replaced = {}
     for layer in found:
         shapes = [values[str(layer.data.name)].shape for values in known if layer.data.name in values]
         if len(shapes) < len(known) or not _pays(layer, shapes[0]):
             continue
         lengths = [dict(zip(growing, (shape[i] for shape in shapes[2:]))) for i in (2, 3)]
         divisors = [_divisor(shapes[1][2 + i], lengths[i], units) for i in range(2)]
-        _Rewriter(model.graph, layer).replace(whole=all(divisor % TILE == 0 for divisor in divisors))
-        replaced += 1
+        rewriter = _Rewriter(model.graph, layer)
+        made = rewriter.replace(whole=all(divisor % TILE == 0 for divisor in divisors))
+        replaced[made] = str(layer.weight.name)
     RemoveUnusedNodesPass()(model)
     return replaced
 
@@ -97,6 +99,13 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
     return np.linalg.inv(d).T, g, a.T
 
 
+def transform(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """``G w Gt`` of a parameter ``[outputs, inputs, 3, 3]``: ``[36, 1, outputs, inputs]``."""
+    outputs, inputs = weight.shape[:2]
+    kernels = _twice(matrices()[1]).astype(np.float32)
+    return (kernels @ weight.reshape(-1, 9).T).reshape(SIDE**2, 1, outputs, inputs)
+
+
 def _powers(columns: int) -> Matrix:
     """The powers of every finite point; the last row is infinity."""
     finite = np.power.outer(np.array(POINTS), np.arange(columns))
@@ -111,7 +120,7 @@ def _fits(layer: Layer) -> bool:
         layer.op == "Conv"
         and layer.weight.shape is not None
         and list(layer.weight.shape.numpy()[2:]) == [3, 3]
-        and operand is not None
+        and operand is layer.weight
         and operand.dtype == ir.DataType.FLOAT
         and attributes.get("group", 1) == 1
         and list(attributes.get("strides", [1, 1])) == [1, 1]
@@ -156,12 +165,14 @@ class _Rewriter:
         self.inputs, self.outputs = layer.reduction // 9, layer.outputs
         self.name = str(layer.node.outputs[0].name)
 
-    def replace(self, whole: bool) -> None:
-        """``whole``: height and width are multiples of a tile's side at all sizes."""
+    def replace(self, whole: bool) -> str:
+        """``whole``: height and width are multiples of a tile's side at all sizes. Returns the name of the
+        transformed parameter."""
         data, weight, bias = (*self.node.inputs, None)[:3]
         assert data is not None
         assert weight is not None
-        spread, kernels, gather = matrices()
+        spread, _, gather = matrices()
+        kernel = self._kernel(weight)
         size = self._add("Shape", [data], "size", start=2)
         planes = self._add("Reshape", [data, self._sizes([-1, 1], size, "plane_sizes")], "planes")
         end = 1 if whole else TILE
@@ -175,7 +186,7 @@ class _Rewriter:
         turned = self._add("Transpose", [points], "turned", perm=[1, 0, 2, 3])
         read_sizes = self._sizes([SIDE**2, -1, self.inputs], count, "read_sizes")
         read = self._add("Reshape", [turned, read_sizes], "read")
-        product = self._add("MatMul", [self._kernels(weight, kernels), read], "product")
+        product = self._add("MatMul", [kernel, read], "product")
         flat = self._add("Reshape", [product, self._integers([SIDE**2, -1])], "flat")
         gathered = self._add("MatMul", [self._matrix("gather", _twice(gather)), flat], "gathered")
         part_sizes = self._sizes([TILE, TILE, -1], tiles, "part_sizes")
@@ -195,14 +206,18 @@ class _Rewriter:
         old.replace_all_uses_with(made, replace_graph_outputs=True)
         self.graph.remove(self.node, safe=True)
         made.name = self.name
+        return str(kernel.name)
 
-    def _kernels(self, weight: ir.Value, kernels: Matrix) -> ir.Value:
-        """The parameter ``[outputs, inputs, 3, 3]`` as ``[36, 1, outputs, inputs]``."""
-        shape = [SIDE**2, 1, self.outputs, self.inputs]
-        taps = self._add("Reshape", [weight, self._integers([-1, 9])], "taps")
-        turned = self._add("Transpose", [taps], "tapped", perm=[1, 0])
-        made = self._add("MatMul", [self._matrix("kernels", _twice(kernels)), turned], "transformed")
-        return self._add("Reshape", [made, self._integers(shape)], "kernel")
+    def _kernel(self, weight: ir.Value) -> ir.Value:
+        """The transformed parameter, which all convolutions with it share."""
+        name = f"{weight.name}/winograd"
+        if name not in self.graph.initializers:
+            value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+            value.shape = ir.Shape([SIDE**2, 1, self.outputs, self.inputs])
+            if weight.const_value is not None:
+                value.const_value = ir.tensor(transform(weight.const_value.numpy()), name=name)
+            self.graph.initializers.add(value)
+        return self.graph.initializers[name]
 
     def _add(self, kind: str, inputs: Sequence[ir.Value], name: str, **attributes: object) -> ir.Value:
         node = ir.node(kind, inputs, attributes, name=f"{self.name}/{name}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hywu_export.tracing.spec import Axis, GraphSpec, Inferred, TensorSpec
+from hywu_export.tracing.spec import Axis, GraphSpec, Inferred, TensorSpec, Transform
 
 if TYPE_CHECKING:
     from hywu_export.tracing.fake import fake_module
     from hywu_export.tracing.tracer import TracedGraph, trace
 
-__all__ = ["Axis", "GraphSpec", "Inferred", "TensorSpec", "TracedGraph", "fake_module", "trace"]
+__all__ = ["Axis", "GraphSpec", "Inferred", "TensorSpec", "TracedGraph", "Transform", "fake_module", "trace"]
 
 _HOMES = {"fake_module": "fake", "TracedGraph": "tracer", "trace": "tracer"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from hywu_runtime.manifest import Axis as Written
 from hywu_runtime.manifest import Term
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import nn
 
 TILE = "hywu.tile"
@@ -45,6 +47,21 @@ class Inferred(TensorSpec):
 
     dtype: str = "float32"
     shape: tuple[int | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What is stored in a parameter's place.
+
+    Attributes:
+        name: of the form, unlike that of others.
+        shape: of the parameter.
+        apply: from float32 of that shape to float32 of the initializer's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    apply: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,16 @@ from hywu_export.passes.quiet import quiet
 from hywu_export.passes.stacks import unstack
 from hywu_export.tracing.fake import traceable
 from hywu_export.tracing.sizes import Sizes
-from hywu_export.tracing.spec import DTYPES, TILE, Axis, GraphSpec, Inferred, TensorSpec, resolve_axis
+from hywu_export.tracing.spec import (
+    DTYPES,
+    TILE,
+    Axis,
+    GraphSpec,
+    Inferred,
+    TensorSpec,
+    Transform,
+    resolve_axis,
+)
 from hywu_export.tracing.stacks import traced_whole
 from hywu_runtime.errors import UnsupportedError
 
@@ -36,11 +45,14 @@ IR_VERSION = 10
 class TracedGraph:
     """A graph without its weights.
 
+    A parameter stands in the graph as it is, or as what its transform makes of it.
+
     Attributes:
         name: the graph's name in the bundle.
         model: an onnx-ir model; initializers listed in ``initializers`` have a type and a shape, no value.
         initializers: initializer name → parameter name (``<component>.<name in the checkpoint>``).
         inputs, outputs: the declared signature, which the model has.
+        transforms: initializer name → what makes it of its parameter, where it is not the parameter itself.
         aliases: parameter name → the other names of the same tensor, where parameters are tied.
         values: name → dtype and shape of the values between nodes that could be inputs and outputs.
         axes: the axes of these shapes that nothing declares, by name.
@@ -52,6 +64,7 @@ class TracedGraph:
     initializers: dict[str, str]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    transforms: dict[str, Transform] = field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     values: dict[str, TensorSpec] = field(default_factory=dict)
     axes: dict[str, Axis] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from parity import draws, largest, photos, random_deltas
 from pix2pix_reference import Reference
+from safetensors.numpy import load_file
 from tiny_pairs import ONE_BLOCK, make_base
 
 from hywu_calibration.job import calibrate
@@ -65,8 +66,21 @@ def test_every_graph_with_convolutions_has_them_replaced(editor: Editor) -> None
     bundle = Bundle.open(editor.bundle.root, sources=dict(editor.bundle.sources))
     replaced = {name for name in bundle.manifest.graphs if is_winograd(load_graph(bundle, name))}
     assert replaced == {"image_encoder", "image_decoder", "step", "step_unguided"}
-    linked = bundle.manifest.linked[bundle.graph_file("step")]
-    assert "unet.mid_block.resnets.0.conv1.weight" in linked
+
+
+def test_transformed_weights_are_in_the_bundle_and_others_linked(editor: Editor, folder: Path) -> None:
+    bundle = editor.bundle
+    linked = {name for graph in bundle.manifest.linked.values() for name in graph}
+    name = "mid_block.resnets.0.conv1.weight"
+    assert f"unet.{name}" not in linked
+    assert f"unet.{name.replace('weight', 'bias')}" in linked
+    (checkpoint,) = (folder / "base" / "unet").glob("*.safetensors")
+    weight = load_file(checkpoint)[name].astype(np.float64)
+    stored = load_file(bundle.root / "weights" / "unet.safetensors")
+    assert all(other.endswith("/winograd") for other in stored)
+    _, g, _ = winograd.matrices()
+    expected = np.einsum("ai,bj,ocij->aboc", g, g, weight).reshape(36, 1, *weight.shape[:2])
+    np.testing.assert_allclose(stored[f"{name}/winograd"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_verify_meets_its_floors(folder: Path) -> None:
