@@ -1,9 +1,9 @@
 """The tables of docs/performance.md, and its plots, from what ``python -m bench --json`` wrote.
 
-    python -m bench.report FILE.json [--plots docs/performance]
+    python -m bench.report FILE.json … [--plots docs/performance]
 
-Prints Markdown. A plot has a bar for each peer: its time over that of this project's edits, so that
-what is right of the line is slower.
+Prints Markdown; of what several files measured, the last counts. A plot has a bar for each peer: its time
+over that of this project's edits, so that what is right of the line is slower.
 """
 
 from __future__ import annotations
@@ -37,33 +37,42 @@ FIGURES = {"steady": "a step", "edit": "a whole edit", "swap": "bringing deltas 
 
 
 @click.command(help=__doc__)
-@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--plots", type=click.Path(path_type=Path), help="The folder that SVG files go to.")
-def main(file: Path, plots: Path | None) -> None:
-    found = json.loads(file.read_text())
+def main(files: tuple[Path, ...], plots: Path | None) -> None:
+    found = [json.loads(file.read_text()) for file in files]
     for name in ("demo", "860m", "generator"):
-        if name not in found:
+        peers = {
+            title(peer, result): result
+            for measured in found
+            for peer, result in measured.get(name, {"peers": {}})["peers"].items()
+        }
+        if not peers:
             continue
-        peers = found[name]["peers"]
         print(f"\n{name}\n\n{table(peers)}")
         if plots is not None:
             plots.mkdir(parents=True, exist_ok=True)
-            for key, title in FIGURES.items():
+            for key, figure in FIGURES.items():
                 ratios = {
-                    NAMES[peer]: result["ratios"][key]
+                    peer: result["ratios"][key]
                     for peer, result in peers.items()
                     if key in result["ratios"] and result["reference"] in ("winograd", "generator")
                     and not peer.startswith("batch")
                 }  # fmt: skip
                 if ratios:
-                    (plots / f"{name}-{key}.svg").write_text(bars(ratios, f"{name}: {title}, times ours"))
+                    (plots / f"{name}-{key}.svg").write_text(bars(ratios, f"{name}: {figure}, times ours"))
+
+
+def title(peer: str, result: Mapping[str, Any]) -> str:
+    """A row's name; what a peer is compared with is said where it is a narrow form of this project."""
+    return NAMES[peer] + (", beside INT8" if result["reference"] == "int8" else "")
 
 
 def table(peers: Mapping[str, Any]) -> str:
-    """Medians, and the median of the ratios pair by pair, of every peer over its reference."""
+    """Medians, and the median of the ratios pair by pair, of every peer over its reference; by title."""
     keys = [key for key in FIGURES if any(key in result["medians"] for result in peers.values())]
     head = "".join(f" {FIGURES[key]} | ours beside it | ratio |" for key in keys)
-    lines = [f"| |{head} peak memory |", f"|---|{'---|' * (3 * len(keys) + 1)}"]
+    lines = [f"| |{head} peak memory | ours |", f"|---|{'---|' * (3 * len(keys) + 2)}"]
     for peer, result in peers.items():
         cells = ""
         for key in keys:
@@ -72,7 +81,8 @@ def table(peers: Mapping[str, Any]) -> str:
                 cells += " | | |"
                 continue
             cells += f" {milliseconds(theirs)} | {milliseconds(ours)} | {ratio(result['ratios'][key])} |"
-        lines.append(f"| {NAMES[peer]} |{cells} {result['peak_bytes'] / 1e9:.2f} GB |")
+        peaks = (f"{result[key] / 1e9:.2f} GB" for key in ("peak_bytes", "reference_peak_bytes"))
+        lines.append(f"| {peer} |{cells} {' | '.join(peaks)} |")
     return "\n".join(lines)
 
 
@@ -81,7 +91,7 @@ def ratio(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def bars(ratios: Mapping[str, float], title: str) -> str:
+def bars(ratios: Mapping[str, float], heading: str) -> str:
     """A bar for each ratio, on a logarithmic scale with a line at 1."""
     low = min(0.5, *ratios.values())
     high = max(4.0, *ratios.values())
@@ -94,7 +104,7 @@ def bars(ratios: Mapping[str, float], title: str) -> str:
     height = 50 + row * len(ratios)
     parts = [
         f'<rect width="800" height="{height}" fill="#fff"/>',
-        f'<text x="16" y="24" font-weight="600">{escape(title)}</text>',
+        f'<text x="16" y="24" font-weight="600">{escape(heading)}</text>',
         f'<line x1="{x(1):.1f}" y1="36" x2="{x(1):.1f}" y2="{height - 6}" stroke="#444"/>',
     ]
     for index, (name, value) in enumerate(ratios.items()):
