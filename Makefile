@@ -55,7 +55,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m bench.report out/bench/peers.json --plots out/bench/plots
 
 test: $(VENV)/.test check cpp
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 deps:
 	./deps.sh

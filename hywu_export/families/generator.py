@@ -19,7 +19,7 @@ from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
 from hywu_runtime.errors import CheckpointError
 from hywu_runtime.manifest import Call, Implementation, ProvidedTensor
 
-FOLD_BYTES = 16 << 20  # condition-independent work is folded at export where its result is smaller
+FOLD_BYTES = 64 << 20  # condition-independent work is folded at export where its result is smaller
 MAX_CONDITION_LENGTH = 32768  # tokens; the released editor's limit is 22800
 
 

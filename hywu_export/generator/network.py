@@ -225,7 +225,7 @@ class ParameterGenerator(nn.Module):
         project, scale = self.model.proj_out_B, self.config.scale
         return self._generate(condition, project.weight * scale, project.bias * scale, mask)
 
-    def fold_condition_independent(self, max_bytes: int = 16 << 20) -> ParameterGenerator:
+    def fold_condition_independent(self, max_bytes: int = 64 << 20) -> ParameterGenerator:
         """A generator on the same weights in which what no condition changes is computed once, here.
 
         That is the start tokens and the self-attention branches of the first block. Where their result,
@@ -245,8 +245,7 @@ class ParameterGenerator(nn.Module):
         rotary_n, rotary_hw = self._token_rotary(source.dtype, source.device)
         rotary_q, rotary_k = self._condition_rotary(length, source.dtype, source.device)
 
-        # One sample stands for all until the condition comes in.
-        x = self._first_tokens(rotary_n, rotary_hw).expand(batch, -1, -1, -1)
+        x = self._first_tokens(batch, rotary_n, rotary_hw)
         for index, block in enumerate(model.typed_blocks):
             if index > 0:
                 x = block.attend_tokens(x, rotary_n, rotary_hw)
@@ -266,15 +265,20 @@ class ParameterGenerator(nn.Module):
             )
         return condition
 
-    def _first_tokens(self, rotary_n: Rotary, rotary_hw: Rotary) -> Tensor:
-        """Tokens ``[1, layers, hw, d_model]`` before the first cross-attention."""
-        return self.model.typed_blocks[0].attend_tokens(self._start_tokens(), rotary_n, rotary_hw)
+    def _first_tokens(self, batch: int, rotary_n: Rotary, rotary_hw: Rotary) -> Tensor:
+        """Tokens ``[batch, layers, hw, d_model]`` before the first cross-attention."""
+        return self.model.typed_blocks[0].attend_tokens(self._start_tokens(batch), rotary_n, rotary_hw)
 
-    def _start_tokens(self) -> Tensor:
-        """Query tokens ``[1, layers, hw, d_model]``: the rows of a token lie side by side in its channels."""
-        model = self.model
-        rows = model.layer_pos.weight[:, None] + model.hw_pos.weight[None]
-        tokens: Tensor = model.norm_tokens(rows.reshape(1, len(rows), self.layout.hw, self.config.d_model))
+    def _start_tokens(self, batch: int) -> Tensor:
+        """Query tokens ``[batch, layers, hw, d_model]``: the rows of a token lie side by side in its channels.
+
+        For each sample, though they are the same: tokens that depend on no input are constants to an
+        optimizer, which then runs the first block when the graph is loaded, and keeps every step of it.
+        """
+        model, config = self.model, self.config
+        rows = model.layer_pos.weight.expand(batch, -1, -1)[:, :, None] + model.hw_pos.weight
+        shape = (batch, config.num_base_model_layers, self.layout.hw, config.d_model)
+        tokens: Tensor = model.norm_tokens(rows.reshape(shape))
         return tokens
 
     def _token_rotary(self, dtype: torch.dtype, device: torch.device) -> tuple[Rotary, Rotary]:
@@ -334,8 +338,8 @@ class FoldedGenerator(ParameterGenerator):
         self.hidden_in, self.model = generator.hidden_in, generator.model
         weight = generator.model.hw_pos.weight
         with torch.no_grad():
-            tokens = generator._first_tokens(*generator._token_rotary(weight.dtype, weight.device))
+            tokens = generator._first_tokens(1, *generator._token_rotary(weight.dtype, weight.device))
         self.register_buffer("tokens", tokens, persistent=False)
 
-    def _first_tokens(self, rotary_n: Rotary, rotary_hw: Rotary) -> Tensor:
-        return self.tokens
+    def _first_tokens(self, batch: int, rotary_n: Rotary, rotary_hw: Rotary) -> Tensor:
+        return self.tokens.expand(batch, -1, -1, -1)

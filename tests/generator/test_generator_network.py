@@ -110,8 +110,10 @@ def test_folding_changes_nothing(config: GeneratorConfig, batch: int) -> None:
     assert isinstance(folded, FoldedGenerator)
     assert folded.state_dict().keys() == generator.state_dict().keys()
     condition = torch.randn(batch, 3, config.input_dim)
-    assert largest_difference(folded(condition), generator(condition)) == 0
-    assert largest_difference(folded.deltas(condition), generator.deltas(condition)) == 0
+    # Several samples are larger products, which may be summed in another order.
+    most = 0 if batch == 1 else 1e-4
+    assert largest_difference(folded(condition), generator(condition)) <= most
+    assert largest_difference(folded.deltas(condition), generator.deltas(condition)) <= most
 
 
 def test_folding_respects_the_budget() -> None:
