@@ -270,7 +270,7 @@ class ParameterGenerator(nn.Module):
         return self.model.typed_blocks[0].attend_tokens(self._start_tokens(batch), rotary_n, rotary_hw)
 
     def _start_tokens(self, batch: int) -> Tensor:
-        """Query tokens ``[batch, layers, hw, d_model]``: the rows of a token lie side by side in its channels.
+        """Query tokens ``[batch, layers, hw, d_model]``: a token's rows lie side by side in its channels.
 
         For each sample, though they are the same: tokens that depend on no input are constants to an
         optimizer, which then runs the first block when the graph is loaded, and keeps every step of it.
