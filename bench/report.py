@@ -111,12 +111,12 @@ def bars(ratios: Mapping[str, float], heading: str) -> str:
         top = 44 + row * index
         start, end = sorted((x(1), x(value)))
         colour = "#b3541e" if value > 1 else "#2f6f4f"
-        place, anchor = (end + 6, "start") if value > 1 else (start - 6, "end")
+        place = end + 6  # beside the line where a bar lies left of it: the names are there
         parts += [
             f'<text x="{left - 14}" y="{top + 14}" text-anchor="end">{escape(name)}</text>',
             f'<rect x="{start:.1f}" y="{top}" width="{max(end - start, 1):.1f}" height="18" rx="2" '
             f'fill="{colour}"/>',
-            f'<text x="{place:.1f}" y="{top + 14}" text-anchor="{anchor}">{ratio(value)} ×</text>',
+            f'<text x="{place:.1f}" y="{top + 14}">{ratio(value)} ×</text>',
         ]
     body = "\n".join(parts)
     return (
