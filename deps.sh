@@ -44,7 +44,7 @@ if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
     echo "Missing: ${missing[*]}. Install them with your package manager, or run 'make deps' as root on Debian or Ubuntu." >&2
     exit 2
 fi
-install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; }
+apt_install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; }
 apt-get update -qq
-install "${missing[@]}"
-if lacks_clang_runtime; then install "$(clang_runtime)"; fi
+apt_install "${missing[@]}"
+if lacks_clang_runtime; then apt_install "$(clang_runtime)"; fi

@@ -24,17 +24,15 @@ def accelerate(traced: TracedGraph, plan: Plan) -> TracedGraph:
     if not replaced:
         return traced
     log.info("%s: %d convolutions as Winograd products", traced.name, len(replaced))
-    weights = {n: p for n, p in traced.initializers.items() if n in model.graph.initializers}
-    made = {name: traced.initializers[weight] for name, weight in replaced.items()}
-    shapes = {n: traced.model.graph.initializers[weight].shape for n, weight in replaced.items()}
-    transforms = {
-        name: Transform("winograd", tuple(shape.numpy()), transform)
-        for name, shape in shapes.items()
-        if shape is not None
-    }
-    return replace(
-        traced, model=model, initializers=weights | made, transforms=traced.transforms | transforms
-    )
+    parameters = traced.model.graph.initializers
+    initializers = {n: p for n, p in traced.initializers.items() if n in model.graph.initializers}
+    transforms = dict(traced.transforms)
+    for name, weight in replaced.items():
+        shape = parameters[weight].shape
+        assert shape is not None
+        initializers[name] = traced.initializers[weight]
+        transforms[name] = Transform("winograd", tuple(shape.numpy()), transform)
+    return replace(traced, model=model, initializers=initializers, transforms=transforms)
 
 
 def _usual(plan: Plan) -> dict[str, int]:

@@ -299,7 +299,8 @@ class BundleWriter:
             if kept is not None:
                 file = files[_weights_file(parameter)]
                 external[initializer] = (file.name, file.offsets[kept.name], kept.size)
-            elif not isinstance(location, HeldTensor):
+            else:
+                assert not isinstance(location, HeldTensor)
                 link = self._link(weights, parameter, location)
                 self._linked.setdefault(graph_file, {})[initializer] = link
                 stored[initializer] = ir.DataType.from_numpy(NUMPY_DTYPES[location.dtype])

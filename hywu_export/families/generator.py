@@ -15,11 +15,11 @@ from hywu_export.deltas.spec import DeltaSpec, generator_paths
 from hywu_export.families.base import ComputedCondition, ConditionSource, Plan
 from hywu_export.generator import GeneratorConfig, ParameterGenerator, load_condition_encoder
 from hywu_export.generator.checkpoint import check_checkpoint
+from hywu_export.generator.network import FOLD_BYTES
 from hywu_export.tracing import Axis, GraphSpec, TensorSpec, fake_module
 from hywu_runtime.errors import CheckpointError
 from hywu_runtime.manifest import Call, Implementation, ProvidedTensor
 
-FOLD_BYTES = 64 << 20  # condition-independent work is folded at export where its result is smaller
 MAX_CONDITION_LENGTH = 32768  # tokens; the released editor's limit is 22800
 
 

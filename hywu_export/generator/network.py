@@ -19,6 +19,8 @@ from .checkpoint import CONFIG_FILE, checkpoint_folder, load_weights, meta_modul
 from .config import GeneratorConfig
 from .layout import TokenLayout
 
+FOLD_BYTES = 64 << 20
+"""What no condition changes is computed at export where its result is at most this large."""
 _NORM_EPSILON = 1e-6
 _ROTARY_THETA = 10000.0
 
@@ -225,7 +227,7 @@ class ParameterGenerator(nn.Module):
         project, scale = self.model.proj_out_B, self.config.scale
         return self._generate(condition, project.weight * scale, project.bias * scale, mask)
 
-    def fold_condition_independent(self, max_bytes: int = 64 << 20) -> ParameterGenerator:
+    def fold_condition_independent(self, max_bytes: int = FOLD_BYTES) -> ParameterGenerator:
         """A generator on the same weights in which what no condition changes is computed once, here.
 
         That is the start tokens and the self-attention branches of the first block. Where their result,
